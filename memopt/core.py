@@ -1,0 +1,489 @@
+"""Apply passes to a model in place, and take them off again.
+
+A *pass* is a frozen dataclass, its own configuration, with two methods. ``plan`` looks at the untouched model and
+answers with *claims*: which aspect of which module it will change. ``apply`` then changes the model, but only through
+an :class:`Edit`, whose every verb writes its inverse into a journal.
+
+``apply(model, passes)`` collects the claims of all passes before anything changes (an empty plan, a conflict or a bad
+argument therefore costs nothing), orders the passes by stage, applies them, and unwinds the journal if anything raises.
+``Handle.undo`` unwinds it later.
+
+What is active on a model lives in one :class:`_Session`. Adding passes to a model that has some, or removing some in
+any order, is one and the same transition: unwind everything, plan the new set on the untouched model, apply it. So
+the result never depends on history, and every plan sees the model as its author wrote it.
+
+Behaviour is changed by a *dynamic subclass*: ``module.__class__`` is set to a subclass made on the spot, as FSDP2 and
+``torch.nn.utils.parametrize`` do. ``isinstance``, keys, hooks and ``deepcopy`` keep working, the root module needs no
+special case, and undoing is setting the class back. A ``forward`` patched onto the instance has none of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import nn
+
+from memopt.config import build
+from memopt.errors import AlreadyApplied, InputError, MemoptError, NothingToDo, PassConflict, UnknownPass
+
+Stage = Literal["rewrite", "hook", "wrap"]
+Aspect = Literal["graph", "weights", "activations", "forward", "optimizer", "loop"]
+PassLike = "Pass | str | Mapping[str, Mapping[str, Any]]"
+
+STAGES: tuple[Stage, ...] = ("rewrite", "hook", "wrap")
+PHASES = ("sampling", "evaluation", "checkpoint")
+"""The boundaries a training loop names with ``handle.phase(name)``."""
+
+ENTRY_POINTS = "memopt.passes"
+_SESSION = "_memopt_session"  # in the root module's __dict__ while passes are active, gone after the last undo
+_MARK = "_memopt_base"  # in the namespace of a dynamic subclass: the class underneath
+_REGISTRY: dict[str, type[Pass]] = {}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a pass will change: one aspect of one place.
+
+    ``path`` is a module path as in ``named_modules()`` ("" is the whole model); for the aspects ``optimizer`` and
+    ``loop`` it is a dotted name in their own space, such as ``0.zero_grad`` or ``sampling``.
+    """
+
+    path: str
+    aspect: Aspect
+
+    def overlaps(self, other: Claim) -> bool:
+        """True where both speak of the same aspect, and of the same place or one inside the other."""
+        short, long = sorted((self.path, other.path), key=len)
+        return self.aspect == other.aspect and (short in ("", long) or long.startswith(f"{short}."))
+
+    def __str__(self) -> str:
+        return f"{self.aspect} of {self.path or 'the whole model'}"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a plan may look at besides the model."""
+
+    optimizers: tuple[torch.optim.Optimizer, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC):
+    """One technique. A subclass is a frozen dataclass whose fields are its options, each with a docstring."""
+
+    name: ClassVar[str]
+    """How the CLI, tables and reports call it."""
+    stage: ClassVar[Stage]
+    """When it is applied, whatever order the user lists: rewrite, then hook, then wrap."""
+    exact: ClassVar[bool]
+    """True: loss and every gradient stay as they were. False: ``changes`` says what does not."""
+    modes: ClassVar[frozenset[str]] = frozenset({"train", "infer"})
+    needs: ClassVar[str] = "any model"
+    """What it must find; the error for an empty plan and ``memopt passes`` show it."""
+    changes: ClassVar[str] = ""
+    """For passes that are not exact: what changes, and the tolerance it is tested to."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name := cls.__dict__.get("name"):
+            known = _REGISTRY.get(name)
+            if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise MemoptError(f"pass name {name!r} is taken by {known.__module__}.{known.__qualname__}")
+            _REGISTRY[name] = cls
+
+    def wanted(self) -> str:
+        """What this pass, with its options, needs to find; for the error where it finds nothing."""
+        return self.needs
+
+    @abstractmethod
+    def plan(self, model: nn.Module, context: Context) -> list[Claim]:
+        """What this pass would change. Looks at the untouched model and changes nothing; empty means nothing to do."""
+
+    @abstractmethod
+    def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
+        """Change the model as claimed, through ``edit`` alone."""
+
+    def __str__(self) -> str:
+        given = [
+            f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
+        ]
+        return f"{self.name}({', '.join(given)})"
+
+
+@dataclass
+class _Entry:
+    """A pass that is active on a model, with what it found and what it keeps while it is active."""
+
+    pass_: Pass
+    missing: str
+    claims: list[Claim] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+class Edit:
+    """The only way a pass changes a model: every verb records how to take it back."""
+
+    def __init__(self, session: _Session, entry: _Entry) -> None:
+        self.model: nn.Module = session.model
+        self.optimizers = session.optimizers
+        self.state = entry.state
+        """Objects that live as long as the pass is on the model, also when others come and go."""
+        self.counts = entry.counts
+        """Things the pass counts while it runs; shown by ``handle.report()``."""
+        self._session = session
+        self._entry = entry
+
+    def module(self, path: str) -> nn.Module:
+        """The module at ``path`` ("" is the model itself)."""
+        return self.model.get_submodule(path)
+
+    def wrap(self, target: Any, method: str, around: Callable[..., Any]) -> None:
+        """Make ``target.method(...)`` run ``around(target, inner, *args, **kwargs)``.
+
+        ``inner`` is the bound method as it was. ``target`` may be any object with a class of its own, a module or an
+        optimizer; only this object changes. ``around`` must use the ``target`` it is given, not one it closed over:
+        a deep copy of the model shares the subclass.
+        """
+        if method in vars(target):
+            raise InputError(
+                f"{self._entry.pass_.name} cannot wrap {type(target).__name__}.{method}: another library replaced it on "
+                "the instance. Apply memopt first, or remove that wrapper (accelerate: "
+                "accelerate.hooks.remove_hook_from_module)."
+            )
+        base = type(target)
+        inner = getattr(base, method)
+
+        @functools.wraps(inner)
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return around(self, functools.partial(inner, self), *args, **kwargs)
+
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        subclass = type(base)(base.__name__, (base,), {**names, method: wrapped, _MARK: base})
+        target.__class__ = subclass
+        self._session.classes.append((target, subclass))
+
+        def restore() -> None:
+            target.__class__ = base
+            self._session.classes.pop()
+
+        self._session.journal.append(restore)
+
+    def set(self, target: Any, name: str, value: Any) -> None:
+        """Set an attribute, remembering the old one (or that there was none on the instance)."""
+        had, old = name in vars(target), vars(target).get(name)
+        setattr(target, name, value)
+        self._session.journal.append(lambda: setattr(target, name, old) if had else delattr(target, name))
+
+    def hook(self, register: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Register a torch hook: ``edit.hook(module.register_forward_hook, fn, with_kwargs=True)``."""
+        self._session.journal.append(register(*args, **kwargs).remove)
+
+    def at_phase_end(self, phase: str, callback: Callable[[], None]) -> None:
+        """Call back whenever the loop leaves ``handle.phase(phase)``."""
+        callbacks = self._session.phases.setdefault(phase, [])
+        callbacks.append(callback)
+        self._session.journal.append(lambda: callbacks.remove(callback))
+
+    def note(self, text: str) -> None:
+        """Say something about what was found or done; shown by ``handle.report()``."""
+        self._entry.notes.append(text)
+
+
+class _Session:
+    """All that is active on one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = ()
+        self.entries: list[_Entry] = []
+        self.journal: list[Callable[[], None]] = []
+        self.classes: list[tuple[Any, type]] = []
+        self.phases: dict[str, list[Callable[[], None]]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Session:
+        # A copy of the model shares the dynamic subclasses but not the journal: `find` refuses to build upon it.
+        return _Session(cast(nn.Module, None))
+
+    def __reduce__(self) -> Any:
+        return _Session, (None,)
+
+    @staticmethod
+    def find(model: nn.Module) -> _Session:
+        """The session of ``model``, or a new one that is not attached yet."""
+        session: _Session | None = model.__dict__.get(_SESSION)
+        if session is None:
+            session = _Session(model)
+        elif session.model is not model:
+            raise MemoptError(
+                "this model is a copy of one with passes applied; it works, but passes can be neither added nor removed. "
+                "Undo the passes on the original, copy it, and apply them to each."
+            )
+        return session
+
+    def become(self, entries: list[_Entry], optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
+        """Make ``entries`` the passes on the model; on any exception it is left with those it had."""
+        before = (self.entries, self.optimizers)
+        self._unwind()
+        try:
+            self._apply(entries, optimizers)
+        except BaseException:
+            self._unwind()
+            self._apply(*before)
+            raise
+
+    def _unwind(self) -> None:
+        for target, subclass in {id(t): (t, c) for t, c in self.classes}.values():
+            if type(target) is not subclass:
+                raise MemoptError(
+                    f"cannot take the passes off: the class of a {subclass.__name__} was changed after memopt.apply (now "
+                    f"{type(target).__module__}.{type(target).__qualname__}). Undo that change first; nothing was touched."
+                )
+        while self.journal:
+            self.journal.pop()()
+        self.model.__dict__.pop(_SESSION, None)
+        self.entries = []
+
+    def _apply(self, entries: list[_Entry], optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
+        context = Context(optimizers=optimizers)
+        for entry in entries:
+            entry.notes.clear()
+            entry.claims = entry.pass_.plan(self.model, context)
+            if not entry.claims:
+                message = f"{entry.pass_.name}: found nothing to do. It needs {entry.pass_.wanted()}; {_describe(self.model)}"
+                if entry.missing == "raise":
+                    raise NothingToDo(f"{message}. Leave the pass out, or say missing='skip'.")
+                entry.notes.append(f"skipped: {message}")
+        _check_conflicts(entries)
+        self._check_foreign_roots(entries)
+        self.optimizers = optimizers
+        if entries:
+            self.model.__dict__[_SESSION] = self
+        self.entries = entries
+        for entry in sorted(entries, key=lambda e: STAGES.index(e.pass_.stage)):
+            if entry.claims:
+                entry.pass_.apply(entry.claims, Edit(self, entry))
+
+    def _check_foreign_roots(self, entries: list[_Entry]) -> None:
+        """Refuse to touch a module that passes applied to another root hold."""
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        for entry in entries:
+            for claim in entry.claims:
+                module = modules.get(claim.path) if claim.aspect not in ("optimizer", "loop") else None
+                if module is not None and _MARK in vars(type(module)):
+                    raise PassConflict(
+                        f"{entry.pass_.name} wants the {claim}, but passes were applied to that module on its own, or "
+                        "through another model that holds it. Undo those first, or apply all passes in one call."
+                    )
+
+
+def _check_conflicts(entries: list[_Entry]) -> None:
+    for i, first in enumerate(entries):
+        for second in entries[i + 1 :]:
+            if first.pass_ == second.pass_:
+                raise AlreadyApplied(f"{second.pass_} is already applied to this model. Undo its handle first.")
+            for a in first.claims:
+                for b in second.claims:
+                    if a.overlaps(b):
+                        raise PassConflict(
+                            f"{first.pass_} and {second.pass_} both change the {a if len(a.path) > len(b.path) else b}. "
+                            "Leave one of them out, or give them different places."
+                        )
+
+
+def _describe(model: nn.Module) -> str:
+    children = [f"{name} ({type(child).__name__})" for name, child in model.named_children()]
+    shown = ", ".join(children[:6]) + (", ..." if len(children) > 6 else "")
+    return f"{type(model).__name__} has {shown or 'no submodules'}"
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One pass of a report."""
+
+    name: str
+    exact: bool
+    config: str
+    claims: tuple[Claim, ...]
+    notes: tuple[str, ...]
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What each pass found and did. ``print(report)`` shows it; ``rows`` holds it."""
+
+    rows: tuple[ReportRow, ...]
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no passes applied"
+        lines = []
+        for row in self.rows:
+            lines.append(f"{row.config}  [{'exact' if row.exact else 'not exact'}]")
+            for aspect, paths in _by_aspect(row.claims).items():
+                shown = ", ".join(paths[:4]) + (f", ... ({len(paths)} in all)" if len(paths) > 4 else "")
+                lines.append(f"  {aspect}: {shown}")
+            lines.extend(f"  {note}" for note in row.notes)
+            lines.extend(f"  {what}: {count}" for what, count in row.counts.items())
+        return "\n".join(lines)
+
+
+def _by_aspect(claims: Iterable[Claim]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for claim in claims:
+        grouped.setdefault(claim.aspect, []).append(claim.path or "the whole model")
+    return grouped
+
+
+class Handle:
+    """What ``apply`` returns: report on its passes, take them off, tell them what the loop does. A context manager."""
+
+    def __init__(self, session: _Session, entries: list[_Entry]) -> None:
+        self._session = session
+        self._entries = entries
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, the same object that was given to ``apply``."""
+        return self._session.model
+
+    @property
+    def active(self) -> bool:
+        """False after ``undo``."""
+        return any(entry in self._session.entries for entry in self._entries)
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The passes this handle put on the model."""
+        return tuple(entry.pass_ for entry in self._entries)
+
+    def undo(self) -> None:
+        """Take this handle's passes off; those of other handles stay. The second call does nothing."""
+        if self.active:
+            rest = [entry for entry in self._session.entries if entry not in self._entries]
+            self._session.become(rest, self._session.optimizers if rest else ())
+
+    def report(self) -> Report:
+        """What each pass found and did so far."""
+        return Report(
+            tuple(
+                ReportRow(
+                    name=e.pass_.name,
+                    exact=e.pass_.exact,
+                    config=str(e.pass_),
+                    claims=tuple(e.claims),
+                    notes=tuple(e.notes),
+                    counts=dict(e.counts),
+                )
+                for e in self._entries
+            )
+        )
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The gradient scaler that fp16 needs in the loop (scale, step, update), or None."""
+        return next((e.state["scaler"] for e in self._session.entries if "scaler" in e.state), None)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name a part of the loop that is no training step, one of ``PHASES``; passes act at its end."""
+        if name not in PHASES:
+            raise InputError(f"unknown phase {name!r}: a loop can name {', '.join(PHASES)}")
+        try:
+            yield
+        finally:
+            for callback in self._session.phases.get(name, ()):
+                callback()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.undo()
+
+
+def available_passes() -> dict[str, type[Pass]]:
+    """Every pass by name: memopt's own, those defined in this process, and those of installed packages."""
+    for point in metadata.entry_points(group=ENTRY_POINTS):
+        if point.name not in _REGISTRY:
+            found = point.load()
+            if not (isinstance(found, type) and issubclass(found, Pass) and getattr(found, "name", None) == point.name):
+                raise MemoptError(
+                    f"entry point {point.name!r} of group {ENTRY_POINTS} ({point.value}) must name a memopt.Pass subclass "
+                    f"whose `name` is {point.name!r}"
+                )
+    return dict(sorted(_REGISTRY.items()))
+
+
+def resolve(like: Any) -> list[Pass]:
+    """Passes from an object, a name, or a table ``{name: {option: value}}`` (one table may hold several)."""
+    if isinstance(like, Pass):
+        return [like]
+    if isinstance(like, str):
+        like = {like: {}}
+    if not isinstance(like, Mapping):
+        raise InputError(f"a pass is given as an object, a name or a table of options, not as {like!r}")
+    known = available_passes()
+    found = []
+    for name, options in like.items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise UnknownPass(f"unknown pass {name!r}.{hint} There are: {', '.join(known)}.")
+        found.append(build(known[name], options, what=f"pass {name!r}"))
+    return found
+
+
+def apply(
+    model: nn.Module,
+    passes: Sequence[Any],
+    *,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    missing: Literal["raise", "skip"] = "raise",
+) -> Handle:
+    """Apply passes to a model in place.
+
+    Args:
+        model: any module; it stays the same object, with the same keys.
+        passes: objects (``Checkpoint()``), names (``"checkpoint"``) or tables (``{"amp": {"dtype": "bf16"}}``), in any
+            order. A model that already has passes keeps them.
+        optimizer: the optimizer or optimizers of the training loop, for the passes that need them.
+        missing: what to do with a pass that finds nothing to do: ``"raise"``, or ``"skip"`` it and say so in the report.
+
+    Returns:
+        A handle with ``undo()``, ``report()``, ``phase(name)`` and ``scaler``; also a context manager.
+
+    Raises:
+        UnknownPass, InputError: a name or an option that does not exist.
+        NothingToDo: a pass found nothing to change.
+        AlreadyApplied, PassConflict: two passes want the same thing.
+        In every case, and when a pass fails half way, the model is as it was before the call.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"apply needs a torch.nn.Module, not a {type(model).__name__}")
+    if isinstance(passes, (str, Mapping, Pass)):
+        passes = [passes]
+    if missing not in ("raise", "skip"):
+        raise InputError(f"missing={missing!r}: say 'raise' or 'skip'")
+    given = () if optimizer is None else tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+    for one in given:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise InputError(f"optimizer must be a torch.optim.Optimizer, not a {type(one).__name__}")
+    session = _Session.find(model)
+    entries = [_Entry(pass_, missing) for like in passes for pass_ in resolve(like)]
+    kept = tuple(o for o in session.optimizers if all(o is not g for g in given))
+    if entries:
+        session.become(session.entries + entries, kept + given)
+    return Handle(session, entries)

@@ -1,0 +1,62 @@
+"""Automatic mixed precision: the model's forward runs under ``torch.autocast``, its output comes back in float32.
+
+Weights, gradients and optimizer states stay as they are; what shrinks is the activations that autocast operations keep
+for backward, to half at best. The training loop needs no change for bf16. For fp16 small gradients would underflow, so
+the handle carries a gradient scaler (``handle.scaler``) that the loop must use; memopt's own loop does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from memopt.core import Claim, Context, Edit, Pass
+from memopt.errors import InputError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AMP(Pass):
+    """Run the forward in bf16 or fp16 where autocast deems it safe: activations up to 2x smaller; not exact."""
+
+    name: ClassVar[str] = "amp"
+    stage: ClassVar = "wrap"
+    exact: ClassVar[bool] = False
+    needs: ClassVar[str] = "floating-point parameters in float32"
+    changes: ClassVar[str] = "matmuls and convolutions round to 8 (bf16) or 11 (fp16) significant bits; loss within 5%"
+
+    dtype: Literal["bf16", "fp16"] = "bf16"
+    """bf16 has the range of float32 and needs no scaler; fp16 is more precise and needs one."""
+    float32_output: bool = True
+    """Convert half-precision tensors in the output back to float32, so that the loss is computed in float32."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"amp: dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+
+    def plan(self, model: nn.Module, context: Context) -> list[Claim]:
+        return [Claim("", "forward")] if any(p.dtype == torch.float32 for p in model.parameters()) else []
+
+    def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
+        dtype, float32_output = DTYPES[self.dtype], self.float32_output
+
+        def forward(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            device = next(module.parameters()).device.type
+            with torch.autocast(device, dtype=dtype):
+                output = inner(*args, **kwargs)
+            if not float32_output:
+                return output
+            return tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype == dtype else t, output)
+
+        edit.wrap(edit.model, "forward", forward)
+        if self.dtype == "fp16":
+            # The scale grows over thousands of steps: it is kept while other passes come and go.
+            device = next(edit.model.parameters()).device.type
+            edit.state.setdefault("scaler", torch.amp.GradScaler(device))
+            edit.note("fp16: the loop must use handle.scaler (scale, unscale_, step, update)")

@@ -1,0 +1,255 @@
+"""Gradient checkpointing: keep a block's inputs, recompute the block in backward (Chen et al., arXiv 1604.06174).
+
+Each block runs through ``torch.utils.checkpoint`` in its non-reentrant form, which restores the global random state of
+CPU and device and the autocast state, works with ``retain_graph``, and lets exceptions through. On top of it this pass
+takes care of what torch leaves to the caller, so that gradients stay bitwise those of the untouched model:
+
+* Inputs. Positional, keyword and nested inputs are flattened to positional tensors: torch looks only there for the
+  devices whose random state it must restore, and autograd's in-place check then covers them.
+* A block that changes its own input in place would be recomputed from the changed input. The first call of each block
+  watches for that on a copy, freed again at once; where it happens, recomputation starts from a copy.
+* Buffers changed in forward (BatchNorm statistics, counters, power iterations): recomputation runs on the values of
+  before, and leaves those of after. Without this BatchNorm counts each batch twice.
+* ``torch.Generator`` objects held by the block are rewound for the recomputation, then put back.
+* A model's own checkpointing is replaced, not nested in: flags such as ``gradient_checkpointing`` and
+  ``use_checkpoint`` are turned off around the wrapped blocks, and calls of a guided-diffusion style
+  ``checkpoint(func, inputs, params, flag)``, which restores neither random nor autocast state, become plain calls.
+
+Not covered: Python-side state (``self.calls += 1`` counts recomputations too) and NumPy's or ``random``'s state.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from memopt.core import Claim, Context, Edit, Pass
+
+LEGACY_FLAGS = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "use_gradient_checkpointing")
+LEGACY_SIGNATURE = ("func", "inputs", "params", "flag")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Pass):
+    """Keep only the inputs of each block and recompute the rest in backward: one more forward in time."""
+
+    name: ClassVar[str] = "checkpoint"
+    stage: ClassVar = "wrap"
+    exact: ClassVar[bool] = True
+    modes: ClassVar[frozenset[str]] = frozenset({"train"})
+    needs: ClassVar[str] = "repeated blocks: composite modules in a ModuleList, ModuleDict or Sequential"
+
+    blocks: str = "auto"
+    """Which modules: "auto", or a glob over the names of ``named_modules()`` such as "layers.*"."""
+
+    def wanted(self) -> str:
+        return self.needs if self.blocks == "auto" else f"modules whose name matches {self.blocks!r}"
+
+    def plan(self, model: nn.Module, context: Context) -> list[Claim]:
+        names = find_blocks(model) if self.blocks == "auto" else _match(model, self.blocks)
+        return [Claim(name, "activations") for name in names]
+
+    def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
+        paths = [claim.path for claim in claims]
+        flags = calls = 0
+        for path, module in edit.model.named_modules():
+            inside = any(path == p or path.startswith(f"{p}.") for p in paths)
+            around = any(path == "" or p.startswith(f"{path}.") for p in paths)
+            if inside or around:
+                for flag in LEGACY_FLAGS:
+                    if vars(module).get(flag) is True:
+                        edit.set(module, flag, False)
+                        flags += 1
+            if inside and (forward := _without_legacy_checkpoint(type(module))):
+                edit.wrap(module, "forward", forward)
+                calls += 1
+        if flags or calls:
+            edit.note(f"replaced the model's own checkpointing: {flags} flags turned off, {calls} forwards rewritten")
+        for path in paths:
+            edit.wrap(edit.module(path), "forward", _forward)
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks worth checkpointing, found by structure.
+
+    They are the composite members of the outermost ModuleLists, ModuleDicts and Sequentials. A member that itself
+    holds such a list directly (a UNet level with its list of residual blocks) is not taken whole but searched, so that
+    recomputing one block at a time stays cheap. Members of one layer alone are left out: recomputing them saves nothing.
+    """
+    found: list[str] = []
+
+    def search(module: nn.Module, prefix: str, member: bool) -> None:
+        lists = [c for c in module.children() if isinstance(c, (nn.ModuleList, nn.ModuleDict))]
+        if member and not lists:
+            if sum(1 for m in module.modules() if not any(True for _ in m.children())) > 1 and _has_parameters(module):
+                found.append(prefix)
+            return
+        container = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+        for name, child in module.named_children():
+            search(child, f"{prefix}.{name}" if prefix else name, member=container)
+
+    search(model, "", member=False)
+    modules = dict(model.named_modules())
+    return [name for name in found if name in modules]  # a shared block appears once
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _match(model: nn.Module, pattern: str) -> list[str]:
+    """Modules that match the glob, outermost ones only."""
+    found: list[str] = []
+    for name, _ in model.named_modules():
+        if name and fnmatch.fnmatchcase(name, pattern) and not any(name.startswith(f"{f}.") for f in found):
+            found.append(name)
+    return found
+
+
+def _forward(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return inner(*args, **kwargs)
+    leaves, spec = tree_flatten((args, kwargs))
+    if torch.compiler.is_compiling():  # the compiler sees mutations itself and replays random state
+
+        def plain(*leaves: Any) -> Any:
+            args, kwargs = tree_unflatten(list(leaves), spec)
+            return inner(*args, **kwargs)
+
+        return checkpoint(plain, *leaves, use_reentrant=False)
+    run = _Run(module, inner, spec)
+    mutated = vars(type(module)).get(_MUTATED)
+    if mutated is None:
+        return run.watched(leaves)
+    if mutated:
+        run.originals = leaves
+        leaves = [leaf.clone() if i in mutated else leaf for i, leaf in enumerate(leaves)]
+        run.mutated = mutated
+    return checkpoint(run, *leaves, use_reentrant=False)
+
+
+_MUTATED = "_memopt_checkpoint_mutated"
+"""In the namespace of a block's own dynamic class, after its first call: which inputs (by position in the flattened
+arguments) the block changes in place."""
+
+
+class _Run:
+    """One call of a block: its forward first, then a recomputation for each backward."""
+
+    def __init__(self, module: nn.Module, inner: Callable[..., Any], spec: Any) -> None:
+        self.module, self.inner, self.spec = module, inner, spec
+        self.originals: list[Any] | None = None  # what the forward gets, where recomputation gets copies
+        self.mutated: frozenset[int] = frozenset()
+        self.forward_done = False
+        self.buffers: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.generators: list[tuple[torch.Generator, Tensor]] = []
+
+    def __call__(self, *leaves: Any) -> Any:
+        return self.recompute(list(leaves)) if self.forward_done else self.forward(list(leaves))
+
+    def call(self, leaves: list[Any]) -> Any:
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return self.inner(*args, **kwargs)
+
+    def forward(self, leaves: list[Any]) -> Any:
+        if self.originals is not None:
+            leaves, self.originals = self.originals, None
+        self.generators = [(g, g.get_state()) for g in _generators(self.module)]
+        before = [
+            (m._buffers, {n: (b, b._version, b.detach().clone()) for n, b in m._buffers.items() if b is not None})
+            for m in self.module.modules()
+            if m._buffers
+        ]
+        output = self.call(leaves)
+        for buffers, old in before:
+            # One changed buffer vouches for its module: BatchNorm bumps the version of its counter only.
+            if any(buffers[name] is not b or b._version != version for name, (b, version, _) in old.items()):
+                self.buffers.append((buffers, {name: copy for name, (_, _, copy) in old.items()}))
+        self.forward_done = True
+        return output
+
+    def recompute(self, leaves: list[Any]) -> Any:
+        leaves = [leaf.clone() if i in self.mutated else leaf for i, leaf in enumerate(leaves)]
+        states = [(g, g.get_state()) for g, _ in self.generators]
+        current = [(buffers, dict(buffers)) for buffers, _ in self.buffers]
+        try:
+            for generator, state in self.generators:
+                generator.set_state(state)
+            for buffers, old in self.buffers:
+                buffers.update({name: copy.clone() for name, copy in old.items()})
+            return self.call(leaves)
+        finally:  # also when torch stops the recomputation early, by an exception
+            for generator, state in states:
+                generator.set_state(state)
+            for buffers, now in current:
+                buffers.update(now)
+
+    def watched(self, leaves: list[Any]) -> Any:
+        """The first call of a block: learn whether it changes its inputs in place."""
+        tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not leaf.is_inference()}
+        copies = {i: t.clone() for i, t in tensors.items()}
+        versions = {i: t._version for i, t in tensors.items()}
+        kept = list(leaves)
+        after: dict[int, int] = {}
+
+        def run(*_: Any) -> Any:
+            if self.forward_done:
+                if any(t._version != after[i] for i, t in enumerate(kept) if i in after):
+                    raise RuntimeError(
+                        f"checkpoint: an input of a {type(self.module).__name__} was changed in place after the block had "
+                        "run, so it cannot be recomputed. Leave this block out with Checkpoint(blocks=...)."
+                    )
+                return self.recompute(kept)
+            output = self.forward(leaves)
+            self.mutated = frozenset(i for i, t in tensors.items() if t._version != versions[i])
+            kept[:] = [copies[i] if i in self.mutated else leaf for i, leaf in enumerate(leaves)]
+            after.update({i: leaf._version for i, leaf in enumerate(kept) if i in tensors})
+            for dead in (copies, tensors, leaves):  # the graph keeps this closure: let it hold `kept` alone
+                dead.clear()
+            return output
+
+        # The tensors stay hidden in `kept`: those handed to torch could not be exchanged for copies any more. Empty
+        # ones tell torch which devices' random state to restore.
+        empty = {t.device: t.new_empty(0) for t in tensors.values()}
+        output = checkpoint(run, *empty.values(), use_reentrant=False)
+        setattr(type(self.module), _MUTATED, self.mutated)
+        return output
+
+
+def _generators(module: nn.Module) -> Iterator[torch.Generator]:
+    found = {id(v): v for m in module.modules() for v in vars(m).values() if isinstance(v, torch.Generator)}
+    return iter(found.values())
+
+
+def _without_legacy_checkpoint(cls: type[nn.Module]) -> Callable[..., Any] | None:
+    """``cls.forward`` with a legacy checkpoint function among its globals replaced by a plain call, or None."""
+    forward = cls.forward
+    if not isinstance(forward, types.FunctionType):
+        return None
+    legacy = [
+        name
+        for name in forward.__code__.co_names
+        if isinstance(found := forward.__globals__.get(name), types.FunctionType)
+        and tuple(inspect.signature(found).parameters) == LEGACY_SIGNATURE
+    ]
+    if not legacy:
+        return None
+    scope = {**forward.__globals__, **dict.fromkeys(legacy, _plain_call)}
+    rewritten = types.FunctionType(
+        forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    rewritten.__kwdefaults__ = forward.__kwdefaults__
+    return lambda module, inner, *args, **kwargs: rewritten(module, *args, **kwargs)
+
+
+def _plain_call(func: Callable[..., Any], inputs: Sequence[Any], params: Any, flag: bool) -> Any:
+    return func(*inputs)
