@@ -47,4 +47,6 @@ def build(cls: type[T], values: Mapping[str, Any], *, what: str, base: T | None 
         where = ".".join(str(part) for part in first["loc"])
         # A check in __post_init__ speaks for itself; pydantic puts its own words before it.
         text = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{what}: {where}: {text} (given: {first['input']!r})" if where else f"{what}: {text}") from None
+        raise InputError(
+            f"{what}: {where}: {text} (given: {first['input']!r})" if where else f"{what}: {text}"
+        ) from None

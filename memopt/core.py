@@ -115,7 +115,9 @@ class Pass(ABC):
 
     def __str__(self) -> str:
         given = [
-            f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
         ]
         return f"{self.name}({', '.join(given)})"
 
@@ -158,8 +160,8 @@ class Edit:
         """
         if method in vars(target):
             raise InputError(
-                f"{self._entry.pass_.name} cannot wrap {type(target).__name__}.{method}: another library replaced it on "
-                "the instance. Apply memopt first, or remove that wrapper (accelerate: "
+                f"{self._entry.pass_.name} cannot wrap {type(target).__name__}.{method}: another library replaced it "
+                "on the instance. Apply memopt first, or remove that wrapper (accelerate: "
                 "accelerate.hooks.remove_hook_from_module)."
             )
         base = type(target)
@@ -170,7 +172,8 @@ class Edit:
             return around(self, functools.partial(inner, self), *args, **kwargs)
 
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        subclass = type(base)(base.__name__, (base,), {**names, method: wrapped, _MARK: base})
+        make: Any = type(base)
+        subclass = make(base.__name__, (base,), {**names, method: wrapped, _MARK: base})
         target.__class__ = subclass
         self._session.classes.append((target, subclass))
 
@@ -227,8 +230,8 @@ class _Session:
             session = _Session(model)
         elif session.model is not model:
             raise MemoptError(
-                "this model is a copy of one with passes applied; it works, but passes can be neither added nor removed. "
-                "Undo the passes on the original, copy it, and apply them to each."
+                "this model is a copy of one with passes applied; it works, but passes can be neither added nor "
+                "removed. Undo the passes on the original, copy it, and apply them to each."
             )
         return session
 
@@ -247,8 +250,9 @@ class _Session:
         for target, subclass in {id(t): (t, c) for t, c in self.classes}.values():
             if type(target) is not subclass:
                 raise MemoptError(
-                    f"cannot take the passes off: the class of a {subclass.__name__} was changed after memopt.apply (now "
-                    f"{type(target).__module__}.{type(target).__qualname__}). Undo that change first; nothing was touched."
+                    f"cannot take the passes off: the class of a {subclass.__name__} was changed after memopt.apply "
+                    f"(now {type(target).__module__}.{type(target).__qualname__}). Undo that change first; "
+                    "nothing was touched."
                 )
         while self.journal:
             self.journal.pop()()
@@ -261,10 +265,10 @@ class _Session:
             entry.notes.clear()
             entry.claims = entry.pass_.plan(self.model, context)
             if not entry.claims:
-                message = f"{entry.pass_.name}: found nothing to do. It needs {entry.pass_.wanted()}; {_describe(self.model)}"
+                found = f"found nothing to do. It needs {entry.pass_.wanted()}; {_describe(self.model)}"
                 if entry.missing == "raise":
-                    raise NothingToDo(f"{message}. Leave the pass out, or say missing='skip'.")
-                entry.notes.append(f"skipped: {message}")
+                    raise NothingToDo(f"{entry.pass_.name}: {found}. Leave the pass out, or say missing='skip'.")
+                entry.notes.append(f"skipped: {found}")
         _check_conflicts(entries)
         self._check_foreign_roots(entries)
         self.optimizers = optimizers
@@ -297,8 +301,8 @@ def _check_conflicts(entries: list[_Entry]) -> None:
                 for b in second.claims:
                     if a.overlaps(b):
                         raise PassConflict(
-                            f"{first.pass_} and {second.pass_} both change the {a if len(a.path) > len(b.path) else b}. "
-                            "Leave one of them out, or give them different places."
+                            f"{first.pass_} and {second.pass_} both change the "
+                            f"{a if len(a.path) > len(b.path) else b}. Leave one out, or give them different places."
                         )
 
 
@@ -421,8 +425,8 @@ def available_passes() -> dict[str, type[Pass]]:
             found = point.load()
             if not (isinstance(found, type) and issubclass(found, Pass) and getattr(found, "name", None) == point.name):
                 raise MemoptError(
-                    f"entry point {point.name!r} of group {ENTRY_POINTS} ({point.value}) must name a memopt.Pass subclass "
-                    f"whose `name` is {point.name!r}"
+                    f"entry point {point.name!r} of group {ENTRY_POINTS} ({point.value}) must name a memopt.Pass "
+                    f"subclass whose `name` is {point.name!r}"
                 )
     return dict(sorted(_REGISTRY.items()))
 
@@ -460,7 +464,7 @@ def apply(
         passes: objects (``Checkpoint()``), names (``"checkpoint"``) or tables (``{"amp": {"dtype": "bf16"}}``), in any
             order. A model that already has passes keeps them.
         optimizer: the optimizer or optimizers of the training loop, for the passes that need them.
-        missing: what to do with a pass that finds nothing to do: ``"raise"``, or ``"skip"`` it and say so in the report.
+        missing: what to do with a pass that finds nothing to do: ``"raise"``, or ``"skip"`` it and report that.
 
     Returns:
         A handle with ``undo()``, ``report()``, ``phase(name)`` and ``scaler``; also a context manager.

@@ -83,7 +83,7 @@ def find_blocks(model: nn.Module) -> list[str]:
 
     They are the composite members of the outermost ModuleLists, ModuleDicts and Sequentials. A member that itself
     holds such a list directly (a UNet level with its list of residual blocks) is not taken whole but searched, so that
-    recomputing one block at a time stays cheap. Members of one layer alone are left out: recomputing them saves nothing.
+    recomputing one block at a time stays cheap. Members of one layer alone are left out: that would save nothing.
     """
     found: list[str] = []
 
@@ -205,8 +205,8 @@ class _Run:
             if self.forward_done:
                 if any(t._version != after[i] for i, t in enumerate(kept) if i in after):
                     raise RuntimeError(
-                        f"checkpoint: an input of a {type(self.module).__name__} was changed in place after the block had "
-                        "run, so it cannot be recomputed. Leave this block out with Checkpoint(blocks=...)."
+                        f"checkpoint: an input of a {type(self.module).__name__} was changed in place after the block "
+                        "had run, so it cannot be recomputed. Leave this block out with Checkpoint(blocks=...)."
                     )
                 return self.recompute(kept)
             output = self.forward(leaves)
@@ -244,9 +244,7 @@ def _without_legacy_checkpoint(cls: type[nn.Module]) -> Callable[..., Any] | Non
     if not legacy:
         return None
     scope = {**forward.__globals__, **dict.fromkeys(legacy, _plain_call)}
-    rewritten = types.FunctionType(
-        forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__
-    )
+    rewritten = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
     rewritten.__kwdefaults__ = forward.__kwdefaults__
     return lambda module, inner, *args, **kwargs: rewritten(module, *args, **kwargs)
 

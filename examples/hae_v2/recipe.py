@@ -1,0 +1,185 @@
+"""HAE V2 on brain slices: the recipe behind ``memopt train examples/hae_v2``.
+
+Without ``--data`` it trains on simulated patients (see simulate.py); with it, on a folder in the layout of BraTS 2021.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from memopt.errors import InputError
+from memopt.recipe import Grid, Recipe, TrainConfig
+
+from .data import MODALITIES, SliceDataset, ensure_data
+from .diffusion import Diffusion
+from .model import HAEUNetModelV2Conservative
+
+CLASSES = ("healthy", "lesion")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HAEConfig(TrainConfig):
+    """The loop's settings, and those of the model, its data and its samples."""
+
+    image_size: int = 128
+    """Pixels on each side of a slice."""
+    model_channels: int = 128
+    """Base width of the UNet."""
+    channel_mult: tuple[int, ...] = (1, 1, 2, 3, 4)
+    """Width of each level, in units of model_channels."""
+    num_res_blocks: int = 2
+    """Residual blocks per encoder level."""
+    attention_resolutions: tuple[int, ...] = (4, 8, 16)
+    """Downsampling factors of the levels that have attention."""
+    num_heads: int = 4
+    """Heads of the attention blocks."""
+    dropout: float = 0.1
+    """In residual blocks and MLPs."""
+    num_classes: int = 2
+    """Healthy and lesion."""
+    memory_optimization: bool = True
+    """Argument of the Conservative class."""
+    drop_condition: float = 0.1
+    """Share of samples trained without their class, for classifier-free guidance (the paper's threshold)."""
+    diffusion_steps: int = 1000
+    """Steps of the forward process."""
+    guidance: tuple[float, ...] = (1.0, 1.8, 2.0, 3.0)
+    """Guidance strengths of the sample grid, one row each."""
+    sample_steps: int = 50
+    """DDIM steps of a sample."""
+    patients: int = 40
+    """How many patients are simulated where no data is given."""
+    data_seed: int = 0
+    """Determines the simulated patients and the split into training, validation and test."""
+
+
+class HAE(Recipe[HAEConfig]):
+    """Class-conditional diffusion of four-modality slices, trained on healthy and diseased ones alike."""
+
+    name = "hae_v2"
+    presets = {
+        "quickstart": HAEConfig(
+            image_size=32,
+            model_channels=32,
+            channel_mult=(1, 2, 2),
+            num_res_blocks=1,
+            attention_resolutions=(2, 4),
+            dropout=0.0,
+            steps=500,
+            batch_size=16,
+            lr=1e-3,
+            warmup_steps=20,
+            lr_anneal=True,
+            ema_decay=0.99,
+            save_every=250,
+            num_workers=0,
+        ),
+        "brats128": HAEConfig(
+            steps=100_000,
+            batch_size=28,
+            save_every=5000,
+            sample_every=5000,
+            log_every=50,
+            sample_steps=250,
+            num_workers=4,
+        ),
+    }
+
+    def model(self, config: HAEConfig) -> nn.Module:
+        try:
+            return HAEUNetModelV2Conservative(
+                image_size=config.image_size,
+                in_channels=len(MODALITIES),
+                model_channels=config.model_channels,
+                out_channels=len(MODALITIES),
+                num_res_blocks=config.num_res_blocks,
+                attention_resolutions=config.attention_resolutions,
+                dropout=config.dropout,
+                channel_mult=config.channel_mult,
+                num_classes=config.num_classes,
+                num_heads=config.num_heads,
+                memory_optimization=config.memory_optimization,
+            )
+        except ValueError as error:
+            raise InputError(f"recipe {self.name}: {error}") from None
+
+    def dataset(self, config: HAEConfig, data: Path | None, cache: Path) -> Dataset[dict[str, Tensor]]:
+        # A model that cannot be built is found out before minutes of preparation.
+        with torch.device("meta"):
+            self.model(config)
+        root = ensure_data(data, cache, config.image_size, seed=config.data_seed, patients=config.patients)
+        dataset = SliceDataset(root, "train")
+        highest = int(dataset.labels.max())
+        if highest >= config.num_classes:
+            raise InputError(
+                f"{root} has slices of class {highest} ({CLASSES[highest]}), out of range for num_classes="
+                f"{config.num_classes}; set num_classes={highest + 1}"
+            )
+        return dataset
+
+    def draw(self, config: HAEConfig, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        size = config.image_size
+        return {
+            "timesteps": torch.randint(config.diffusion_steps, (n,), generator=generator),
+            "noise": torch.randn(n, len(MODALITIES), size, size, generator=generator),
+            "null": torch.rand(n, generator=generator) < config.drop_condition,
+        }
+
+    def loss(self, config: HAEConfig, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        losses = _diffusion(config.diffusion_steps).training_loss(
+            model,
+            batch["image"],
+            batch["timesteps"],
+            batch["noise"],
+            y=batch["label"],
+            null=batch["null"],
+            clf_free=True,
+        )
+        return losses.mean()
+
+    def sample(self, config: HAEConfig, model: nn.Module, generator: torch.Generator) -> Grid:
+        """Two healthy and two diseased samples for each guidance strength; a row shares its starting noise with others."""
+        device = next(model.parameters()).device
+        size, rows = config.image_size, len(config.guidance)
+        labels = torch.tensor([0, 0, 1, 1]).clamp(max=config.num_classes - 1)
+        columns = len(labels)
+        state = generator.get_state()
+        images = []
+        for guidance in config.guidance:
+            generator.set_state(state)
+            images.append(
+                _diffusion(config.diffusion_steps).sample(
+                    model,
+                    labels,
+                    guidance,
+                    min(config.sample_steps, config.diffusion_steps),
+                    shape=(columns, len(MODALITIES), size, size),
+                    generator=generator,
+                    device=device,
+                )
+            )
+        # The four modalities of a sample stand side by side in its picture.
+        picture = torch.stack(images).permute(0, 1, 3, 2, 4).reshape(rows, columns, size, len(MODALITIES) * size)
+        modalities = " ".join(MODALITIES)
+        return Grid(
+            picture,
+            rows=tuple(f"w = {w:g}" for w in config.guidance),
+            columns=tuple(f"{CLASSES[label]}: {modalities}" for label in labels.tolist()),
+        )
+
+
+@functools.lru_cache
+def _diffusion(steps: int) -> Diffusion:
+    return Diffusion(steps)
+
+
+def recipe() -> Recipe[Any]:
+    """What ``memopt train`` loads."""
+    return HAE()

@@ -1,0 +1,144 @@
+"""What a run says and records: progress, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+if TYPE_CHECKING:
+    from memopt.training import Trainer
+
+GIB = 1 << 30
+
+
+class RunLog:
+    """Progress on the terminal and metrics in the run folder; silent in all processes but the main one.
+
+    ``metrics.jsonl`` has one line per step with its loss; the last line of each group of ``log_every`` steps also has
+    the learning rate, samples per second, and bytes of device and process memory.
+    """
+
+    def __init__(self, out: Path, steps: int, *, main: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.out, self.steps, self.main = out, steps, main
+        self.losses: list[float] = []
+        self._console = Console(quiet=not main, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not (main and self._console.is_terminal),
+        )
+        self._task = self._progress.add_task("training", total=steps, status="")
+        self._board: Any = None
+        self._metrics: Any = None
+        self._process = psutil.Process()
+        self._said = 0.0
+        if main:
+            (out / "samples").mkdir(parents=True, exist_ok=True)
+
+    def file(self, name: str) -> Path:
+        """A path in the run folder."""
+        return self.out / name
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def warn(self, text: str) -> None:
+        """A warning for the user."""
+        self._console.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
+
+    def rewind(self, step: int) -> None:
+        """Keep the metrics of the first ``step`` steps; what a killed run wrote beyond its checkpoint is done again."""
+        if not self.main:
+            return
+        path = self.file("metrics.jsonl")
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break  # cut off in the middle of a line
+            if entry["step"] > step:
+                break
+            kept.append(line)
+            self.losses.append(entry["loss"])
+        partial = path.with_name(".partial-metrics.jsonl")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(path)
+        self._metrics = path.open("a")
+
+    def start(self, trainer: Trainer) -> None:
+        """Say what is about to run."""
+        if not self.main:
+            return
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=trainer.step + 1)
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        size = len(trainer.dataset)  # type: ignore[arg-type]
+        processes = f", {trainer.world} processes" if trainer.world > 1 else ""
+        self.say(
+            f"{trainer.recipe.name}: {parameters:,} parameters on {trainer.accelerator.device}{processes}, "
+            f"{size:,} samples, batch {trainer.config.batch_size}, step {trainer.step} of {self.steps}; "
+            f"run folder {self.out}"
+        )
+        if trainer.handle.passes:
+            self.say(str(trainer.handle.report()))
+        self._progress.start()
+        self._progress.update(self._task, completed=trainer.step)
+
+    def record(self, step: int, losses: list[float], *, lr: float, samples_per_second: float) -> None:
+        """Write the losses of the steps up to ``step``, and what goes with the last of them."""
+        if not self.main:
+            return
+        more = {
+            "lr": lr,
+            "samples_per_second": round(samples_per_second, 3),
+            "device_bytes": _device_bytes(),
+            "process_bytes": self._process.memory_info().rss,
+        }
+        first = step - len(losses) + 1
+        for i, loss in enumerate(losses):
+            entry = {"step": first + i, "loss": loss, **(more if i == len(losses) - 1 else {})}
+            self._metrics.write(json.dumps(entry) + "\n")
+            self._board.add_scalar("loss", loss, first + i)
+        self._metrics.flush()
+        for name, value in more.items():
+            self._board.add_scalar(name, value, step)
+        self.losses.extend(losses)
+        mean = sum(losses) / len(losses)
+        device = f"  device {more['device_bytes'] / GIB:.2f} GiB" if more["device_bytes"] else ""
+        host = f"process {more['process_bytes'] / GIB:.2f} GiB"
+        status = f"loss {mean:.4f}  {samples_per_second:.1f} samples/s{device}  {host}"
+        self._progress.update(self._task, completed=step, status=status)
+        # Where there is no terminal to draw a bar on, a line now and then keeps a log readable.
+        if not self._console.is_terminal and (time.monotonic() - self._said > 10 or step == self.steps):
+            self._said = time.monotonic()
+            self.say(f"step {step}/{self.steps}  {status}")
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+        for stream in (self._metrics, self._board):
+            if stream is not None:
+                stream.close()
+
+
+def _device_bytes() -> int:
+    """Peak bytes that tensors took on the device since the start, 0 without a GPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

@@ -1,0 +1,363 @@
+"""The training loop: any Recipe, one process or several, resumable bit for bit.
+
+Randomness has no history. Every step seeds the generators from (seed, step, process), the data order of an epoch comes
+from (seed, epoch), and the draws of a batch (noise, time steps, dropped conditions) from (seed, step), for the whole
+batch over all processes, of which each process takes its rows. Hence a resumed run needs no generator states to equal
+an uninterrupted one, and neither the microbatch size nor the number of processes changes what is computed.
+
+accelerate places the model and wraps it for torchrun; mixed precision is a memopt pass (``amp``), whose scaler, if it
+has one, is used here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import operator
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from memopt import checkpoints, core, plots
+from memopt.errors import InputError, MemoptError
+from memopt.recipe import Recipe, TrainConfig, parse_passes
+from memopt.runlog import RunLog
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run leaves."""
+
+    out: Path
+    step: int
+    losses: list[float]
+
+
+def seed_for(*parts: object) -> int:
+    """A 32-bit seed from anything with a stable text form."""
+    return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:4], "little")
+
+
+class Batches(Sampler[list[int]]):
+    """The rows of each step's batch that one process reads: an endless shuffled stream, cut into batches.
+
+    Step ``s`` takes samples ``s * batch`` up to ``(s + 1) * batch`` of the stream, which runs through one permutation
+    of the data set after another; process r takes the r-th part of them.
+    """
+
+    def __init__(self, size: int, batch: int, seed: int, steps: range, rank: int = 0, world: int = 1) -> None:
+        self.size, self.batch, self.seed, self.steps = size, batch, seed, steps
+        self.rows = slice(rank * batch // world, (rank + 1) * batch // world)
+        self._epoch: tuple[int, list[int]] = (-1, [])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            first = step * self.batch
+            yield [self._sample(i) for i in range(first, first + self.batch)][self.rows]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def _sample(self, position: int) -> int:
+        epoch, index = divmod(position, self.size)
+        if self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(seed_for(self.seed, "epoch", epoch))
+            self._epoch = (epoch, torch.randperm(self.size, generator=generator).tolist())
+        return self._epoch[1][index]
+
+
+class Trainer:
+    """One run. ``train`` below drives it; its parts are methods so that tests can look at gradients."""
+
+    def __init__(self, recipe: Recipe[Any], config: TrainConfig, *, data: Path | None, cache: Path) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
+
+        accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+        self.accelerator = Accelerator(cpu=not accelerated, step_scheduler_with_optimizer=False)
+        self.recipe, self.config = recipe, config
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        if config.batch_size % self.world:
+            raise InputError(f"batch size {config.batch_size} cannot be shared evenly by {self.world} processes")
+        self.dataset: Dataset[Any] = recipe.dataset(config, data, cache)
+        size = len(self.dataset)  # type: ignore[arg-type]
+        if config.batch_size > size:
+            raise InputError(f"batch size {config.batch_size} is larger than the data set of {size} samples")
+
+        set_seed(seed_for(config.seed, "model"))
+        self.model: nn.Module = recipe.model(config).to(self.accelerator.device)
+        self.step = 0
+        self.ema: AveragedModel | None = None
+        if config.ema_decay is not None:
+            device = torch.device("cpu") if config.ema_device == "cpu" else None
+            self.ema = AveragedModel(self.model, device=device, multi_avg_fn=self._average)
+        self.optimizer = recipe.optimizer(config, self.model)
+        self.handle = core.apply(self.model, parse_passes(config.passes), optimizer=self.optimizer)
+        self.scaler = self.handle.scaler or torch.amp.GradScaler(self.accelerator.device.type, enabled=False)
+        self.parallel: nn.Module = self.accelerator.prepare(self.model)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+
+    @property
+    def is_main(self) -> bool:
+        """True in the process that writes files."""
+        return bool(self.accelerator.is_main_process)
+
+    def loader(self, steps: range) -> DataLoader[Any]:
+        """The batches of these steps for this process."""
+        config = self.config
+        size = len(self.dataset)  # type: ignore[arg-type]
+        return DataLoader(
+            self.dataset,
+            batch_sampler=Batches(size, config.batch_size, config.seed, steps, self.rank, self.world),
+            num_workers=config.num_workers,
+            prefetch_factor=2 if config.num_workers else None,
+            persistent_workers=config.num_workers > 0,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def train_step(self, data: dict[str, Any]) -> Tensor:
+        """One optimizer step on this process's rows of the batch; returns their mean loss, on the device."""
+        loss = self.backward(data)
+        if self.config.grad_clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return loss
+
+    def backward(self, data: dict[str, Any]) -> Tensor:
+        """The gradients of one step, accumulated over microbatches as if they were one batch."""
+        from accelerate.utils import set_seed
+
+        config, device = self.config, self.accelerator.device
+        set_seed(seed_for(config.seed, "step", self.step, self.rank))
+        self.model.train()
+        generator = torch.Generator().manual_seed(seed_for(config.seed, "draw", self.step))
+        draws = self.recipe.draw(config, config.batch_size, generator)
+        rows = config.batch_size // self.world
+        mine = slice(self.rank * rows, (self.rank + 1) * rows)
+        batch = {**data, **{name: tensor[mine] for name, tensor in draws.items()}}
+        batch = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+        size = config.microbatch or rows
+        total = torch.zeros((), device=device)
+        for start in range(0, rows, size):
+            part = tree_map_only(Tensor, operator.itemgetter(slice(start, start + size)), batch)
+            share = min(size, rows - start) / rows
+            last = start + size >= rows
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.parallel):
+                loss = self.recipe.loss(config, self.parallel, part) * share
+                self.accelerator.backward(self.scaler.scale(loss))
+            total += loss.detach()
+        return total
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint (main process only; the others go on)."""
+        if not self.is_main:
+            return
+        modules = {"model": self.model} if self.ema is None else {"model": self.model, "ema": self.ema.module}
+        state = {
+            "recipe": self.recipe.name,
+            "config": dataclasses.asdict(self.config),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        with self.handle.phase("checkpoint"):
+            checkpoints.save(
+                folder,
+                self.step,
+                modules=modules,
+                optimizer=self.optimizer,
+                state=state,
+                keep=self.config.keep,
+            )
+
+    def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            InputError: it is another model's, or lacks an average that this run needs.
+        """
+        path = checkpoint.path
+        if self.ema is not None and not (path / "ema.safetensors").is_file():
+            raise InputError(f"{path} has no EMA weights, but this run keeps an average; set ema_decay=none")
+        checkpoints.load_weights(path / "model.safetensors", self.model)
+        if self.ema is not None:
+            checkpoints.load_weights(path / "ema.safetensors", self.ema.module)
+            self.ema.n_averaged.fill_(checkpoint.step)
+        self.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+        self.scheduler.load_state_dict(checkpoint.state["scheduler"])
+        if self.scaler.is_enabled() and checkpoint.state["scaler"]:
+            self.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.step = checkpoint.step
+
+    def sample(self, file: Path) -> bool:
+        """Draw the recipe's sample grid with the averaged weights; False if it has none."""
+        if not self.is_main:
+            return False
+        from accelerate.utils import set_seed
+
+        set_seed(seed_for(self.config.seed, "sample"))
+        generator = torch.Generator().manual_seed(seed_for(self.config.seed, "sample"))
+        with self.handle.phase("sampling"), self._averaged(), torch.no_grad():
+            self.model.eval()
+            grid = self.recipe.sample(self.config, self.model, generator)
+            self.model.train()
+            if grid is None:
+                return False
+            plots.sample_grid(dataclasses.replace(grid, title=grid.title or f"step {self.step}"), file)
+        return True
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The model with the averaged weights; exchanged in place, so that no third copy exists."""
+        if self.ema is None:
+            yield
+            return
+        self._exchange(self.ema)
+        try:
+            yield
+        finally:
+            self._exchange(self.ema)
+
+    @torch.no_grad()
+    def _exchange(self, ema: AveragedModel) -> None:
+        for live, average in zip(self.model.parameters(), ema.module.parameters(), strict=True):
+            kept = live.clone()
+            live.copy_(average)
+            average.copy_(kept)
+
+    def _average(self, averages: Any, weights: Any, _: Any) -> None:
+        assert self.config.ema_decay is not None
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    def _lr_factor(self, step: int) -> float:
+        config = self.config
+        warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+        return warm * (1 - step / config.steps if config.lr_anneal else 1.0)
+
+
+def train(
+    recipe: Recipe[Any],
+    config: TrainConfig,
+    *,
+    out: Path,
+    data: Path | None = None,
+    cache: Path = Path("data"),
+    resume: bool = False,
+) -> Result:
+    """Train a recipe and leave a run folder.
+
+    The folder holds ``model.safetensors``, ``ema.safetensors``, ``config.json``, ``metrics.jsonl`` (one line per step),
+    ``loss.png``, ``samples.png`` and ``samples/``, TensorBoard files and ``checkpoints/``.
+
+    Args:
+        out: the run folder.
+        data: the user's data, in the form the recipe reads; None for the recipe's own source.
+        cache: where prepared data is kept.
+        resume: go on from the newest whole checkpoint in ``out``; from the start if there is none.
+
+    Raises:
+        InputError: bad configuration or data, or ``out`` holds a run and ``resume`` is False.
+        MemoptError: the loss is not finite, or a checkpoint could not be written.
+    """
+    folder = out / "checkpoints"
+    if not resume and (out / "metrics.jsonl").exists():
+        raise InputError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
+    trainer = Trainer(recipe, config, data=data, cache=cache)
+    with RunLog(out, config.steps, main=trainer.is_main) as log:
+        found = checkpoints.newest(folder, log.warn) if resume else None
+        if found is not None:
+            trainer.restore(found)
+            log.say(f"resuming from {found.path}")
+        if trainer.step > config.steps:
+            raise InputError(f"{out} is at step {trainer.step} already, beyond --steps {config.steps}")
+        if trainer.is_main:
+            checkpoints.clean(folder)
+            checkpoints.write_text(out / "config.json", json.dumps(_describe(recipe, trainer), indent=1))
+        log.rewind(trainer.step)
+        log.start(trainer)
+        _loop(trainer, log, out)
+        if trainer.is_main:
+            _finish(trainer, log, out)
+        losses = log.losses
+    return Result(out, trainer.step, losses)
+
+
+def _loop(trainer: Trainer, log: RunLog, out: Path) -> None:
+    config, folder = trainer.config, out / "checkpoints"
+    pending: list[Tensor] = []
+    last = time.perf_counter()
+    for data in trainer.loader(range(trainer.step, config.steps)):
+        rate = trainer.optimizer.param_groups[0]["lr"]
+        pending.append(trainer.train_step(data))
+        step, done = trainer.step, trainer.step == config.steps
+        saving = done or step % config.save_every == 0
+        if saving or step % config.log_every == 0:
+            # The only place that waits for the device: losses stay there until they are written.
+            losses = trainer.accelerator.reduce(torch.stack(pending), reduction="mean").tolist()
+            seconds = (time.perf_counter() - last) / len(losses)
+            log.record(step, losses, lr=rate, samples_per_second=config.batch_size / seconds)
+            pending.clear()
+            if not all(map(math.isfinite, losses)):
+                raise MemoptError(
+                    f"the loss is not finite at step {step - len(losses) + 1 + _first_bad(losses)}. Lower lr, set "
+                    "grad_clip, or train without amp; the checkpoints before it are kept."
+                )
+            last = time.perf_counter()
+        if saving:
+            trainer.save(folder)
+        if config.sample_every and step % config.sample_every == 0 and not done:
+            trainer.sample(log.file(f"samples/step_{step:08d}.png"))
+        if saving or (config.sample_every and step % config.sample_every == 0):
+            trainer.accelerator.wait_for_everyone()
+            last = time.perf_counter()
+
+
+def _first_bad(losses: list[float]) -> int:
+    return next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
+
+
+def _finish(trainer: Trainer, log: RunLog, out: Path) -> None:
+    """The files a user looks for, at the top of the run folder."""
+    newest = out / "checkpoints" / f"step_{trainer.step:08d}"
+    for name in ("model.safetensors", "ema.safetensors"):
+        if (newest / name).is_file():
+            checkpoints.publish(newest / name, out / name)
+    picture = log.file(f"samples/step_{trainer.step:08d}.png")
+    if trainer.sample(picture):
+        checkpoints.publish(picture, out / "samples.png")
+    if log.losses:
+        title = f"{trainer.recipe.name}: loss over {len(log.losses)} steps"
+        plots.loss_curve(range(1, len(log.losses) + 1), log.losses, out / "loss.png", title=title)
+
+
+def _describe(recipe: Recipe[Any], trainer: Trainer) -> dict[str, Any]:
+    import platform
+
+    return {
+        "recipe": recipe.name,
+        "config": dataclasses.asdict(trainer.config),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "passes": str(trainer.handle.report()),
+        "processes": trainer.world,
+        "device": str(trainer.accelerator.device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
