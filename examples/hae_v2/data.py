@@ -1,17 +1,19 @@
 """Slices for training from a folder in the layout of BraTS 2021, real or simulated.
 
-`prepare` turns each `NAME/NAME_{flair,t1,t1ce,t2,seg}.nii.gz` into one `NAME.npz` under `train/`, `val/` or `test/`, with
+`prepare` turns each patient, `NAME/NAME_{flair,t1,t1ce,t2,seg}.nii.gz`, into one `NAME.npz` under `train/`, `val/` or
+`test/`, with
 
-- `images`: float16 [S, 4, H, W]: each modality divided by the 99th percentile of its non-zero voxels, resized bilinearly (averaging
-  over what a coarser pixel covers). float16 keeps 11 significant bits, ten times finer than the noise of the images;
+- `images`: float16 [S, 4, H, W]: each modality divided by the 99th percentile of its non-zero voxels, resized
+  bilinearly (with a triangle as wide as a coarser pixel, so that none is skipped). float16 keeps 11 significant bits,
+  far finer than the noise of the images;
 - `masks`: bool [S, H, W]: the lesion (any label > 0), resized the same way, where it is above 0.5;
 - `slices`: int16 [S]: the axial slice's index in the volume, from the foot up.
 
-Modalities are in the order of `MODALITIES`. An image's rows run along the volume's second axis and its columns along the first: for
-BraTS the forehead is at the top and the patient's right hand side on the left, as radiologists look at it.
+Modalities are in the order of `MODALITIES`. An image's rows run along the volume's second axis and its columns along
+the first: for BraTS the forehead is at the top and the patient's right on the left, as radiologists look at it.
 
-`index.json` beside the splits records everything that determined the result; a prepared folder is used again only if it matches.
-`SliceDataset` reads one split; `ensure_data` is all that a recipe needs.
+`index.json` beside the splits records everything that determined the result; a prepared folder is used again only if
+it matches. `SliceDataset` reads one split; `ensure_data` is all that a recipe needs.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from memopt.core import InputError
+from memopt.errors import InputError
 
 from .simulate import MODALITIES, in_parallel, simulate
 
@@ -48,7 +50,7 @@ def find_patients(source: Path) -> list[Path]:
     """The patient folders in `source`, sorted by name, each with all five files."""
     if not source.is_dir():
         raise InputError(
-            f"data folder {source} does not exist or is not a folder: give the folder that holds the patients ({LAYOUT})"
+            f"data folder {source} does not exist or is not a folder: give the one that holds the patients ({LAYOUT})"
         )
     kinds = (*MODALITIES, "seg")
     folders = [
@@ -81,35 +83,33 @@ def _read(path: Path) -> NDArray[Any]:
     from nibabel import Nifti1Image
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
 
     try:
         # Through gzip as a whole, which checks the file's checksum; nibabel alone reads damaged voxels without a word.
         data = gzip.decompress(path.read_bytes())
-        volume = np.asanyarray(Nifti1Image.from_bytes(data).dataobj)
-    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
+        volume: NDArray[Any] = np.asanyarray(Nifti1Image.from_bytes(data).dataobj)
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError, WrapStructError) as error:
         raise InputError(f"{path} cannot be read as a NIfTI volume ({error}): fetch this file again") from error
     if volume.ndim != 3:
         raise InputError(f"{path} has shape {volume.shape}, expected three dimensions (BraTS: 240 x 240 x 155)")
-    if volume.dtype.kind not in "iub" and not (volume.dtype.kind == "f" and np.isfinite(volume).all()):
-        bad = (
-            "complex or structured values"
-            if volume.dtype.kind != "f"
-            else f"{_count_bad(volume)} voxels that are NaN or inf"
+    if volume.dtype.kind not in "iuf":
+        raise InputError(f"{path} holds values of type {volume.dtype}, expected plain numbers: convert the file")
+    if volume.dtype.kind == "f" and (bad := int((~np.isfinite(volume)).sum())):
+        raise InputError(
+            f"{path} holds {bad} voxels that are NaN or inf: repair the file or remove the patient's folder"
         )
-        raise InputError(f"{path} holds {bad}: repair the file or remove the patient's folder")
     return volume
-
-
-def _count_bad(volume: NDArray[Any]) -> int:
-    return int((~np.isfinite(volume)).sum())
 
 
 def _read_patient(folder: Path, image_size: int) -> tuple[list[NDArray[Any]], NDArray[Any]]:
     """The modalities, divided by their 99th percentiles, float32 [X, Y, Z] each, and the lesion, bool [X, Y, Z]."""
     seg = _read(_file(folder, "seg"))
-    if wrong := [float(label) for label in np.unique(seg) if not (0 <= label <= 4 and label == int(label))]:
+    wrong = seg[(seg < 0) | (seg > 4) | (seg != np.floor(seg))]
+    if wrong.size:
         raise InputError(
-            f"{_file(folder, 'seg')} holds the label {wrong[0]:g}: allowed are 0 (healthy) and the whole numbers 1 to 4 (BraTS: 1, 2, 4)"
+            f"{_file(folder, 'seg')} holds the label {wrong[0]:g}: allowed are the whole numbers 0 (healthy) to 4 "
+            "(BraTS: 1 necrotic core, 2 oedema, 4 enhancing); correct the file or remove the patient's folder"
         )
     if min(seg.shape[:2]) < image_size:
         raise InputError(
@@ -145,8 +145,8 @@ def _prepare_patient(folder: Path, target: Path, image_size: int, min_brain: flo
     kept = np.flatnonzero(brain >= min_brain)
     if not len(kept):
         raise InputError(
-            f"no axial slice of patient {folder} shows brain on at least {min_brain:.0%} of its pixels (at most {brain.max():.1%}): "
-            "check its orientation or lower min_brain"
+            f"no axial slice of patient {folder} shows brain on at least {min_brain:.0%} of its pixels "
+            f"(at most {brain.max():.1%}): check the orientation of its files or lower min_brain"
         )
     slices = torch.stack([_resize(image[..., kept], image_size) for image in images], dim=1)
     masks = _resize(lesion[..., kept], image_size) > 0.5
@@ -207,7 +207,7 @@ def prepare(
     min_brain: float = 0.1,
     workers: int | None = None,
 ) -> Path:
-    """Prepare the patients in `source` into `destination` and return that; a folder prepared from the same is left as it is.
+    """Prepare the patients in `source` into `destination` and return that; if it holds just that already, do nothing.
 
     `min_brain`: a slice is kept when at least this share of its pixels is brain (not zero in some modality).
     A killed run goes on with the patients still missing.
@@ -249,7 +249,7 @@ def prepare(
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(path) as stored:
+        with path.open("rb") as file, np.load(file) as stored:
             return dict(stored)
     except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         raise InputError(
@@ -260,9 +260,9 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
 class SliceDataset(Dataset[dict[str, torch.Tensor]]):
     """The slices of one split, in order of patient and slice, held in memory as float16.
 
-    An item: `image` float32 [4, H, W], where each modality is rescaled to exactly [-1, 1] (-1 throughout if it is constant);
-    `mask` bool [H, W]; `label` int64, 1 where the mask has any lesion pixel; `patient` int64, an index into `patients`;
-    `slice` int64, the axial slice's index in the volume.
+    An item: `image` float32 [4, H, W], where each modality is rescaled to exactly [-1, 1] (-1 throughout if it is
+    constant); `mask` bool [H, W]; `label` int64, 1 where the mask has any lesion pixel; `patient` int64, an index into
+    `patients`; `slice` int64, the axial slice's index in the volume.
     """
 
     def __init__(self, root: Path | str, split: str) -> None:
@@ -281,19 +281,20 @@ class SliceDataset(Dataset[dict[str, torch.Tensor]]):
         self.images = np.empty((total, len(MODALITIES), size, size), np.float16)
         self.masks = np.empty((total, size, size), np.bool_)
         self.slices = np.empty(total, np.int64)
-        self.patient = np.repeat(np.arange(len(counts)), list(counts.values()))
+        self.patient = np.empty(total, np.int64)
         start = 0
-        for name, count in counts.items():
+        for number, (name, count) in enumerate(counts.items()):
             path, stop = root / split / f"{name}.npz", start + count
             stored = _load(path)
             try:
                 self.images[start:stop] = stored["images"]
                 self.masks[start:stop] = stored["masks"]
                 self.slices[start:stop] = stored["slices"]
+                self.patient[start:stop] = number
             except (KeyError, ValueError) as error:
                 raise InputError(f"{path} does not fit {root / 'index.json'}: delete {root} and run again") from error
             start = stop
-        self.labels = self.masks.any(axis=(1, 2)).astype(np.int64)
+        self.labels = np.asarray(self.masks.any(axis=(1, 2)), np.int64)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -350,6 +351,4 @@ def ensure_data(
             name = f"{source.name}-{image_size}px-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
             return prepare(source, cache / "prepared" / name, image_size, seed, min_brain=min_brain, workers=workers)
     except OSError as error:
-        raise InputError(
-            f"cannot write the prepared data under {cache} ({error}): free space or choose another folder"
-        ) from error
+        raise InputError(f"cannot prepare data under {cache} ({error}): free space or choose another folder") from error

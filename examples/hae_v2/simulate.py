@@ -1,22 +1,23 @@
 """Simulated patients on real anatomy, written in the layout of BraTS 2021.
 
-The BraTS images cannot be shipped with this package. What every installation has is the ICBM MNI152 template (an average T1
-image with grey- and white-matter maps, inside nilearn's wheel). From it `simulate` makes patients as follows:
+The BraTS images cannot be shipped with this package. What every installation has is the ICBM MNI152 template (an
+average T1 image with grey- and white-matter maps, inside nilearn's wheel). From it `simulate` makes patients:
 
-1. Anatomy: the template is rotated, scaled, perhaps mirrored, its ventricles widened or narrowed, and bent by a smooth random
-   deformation on two scales; a lesion pushes its surroundings away.
-2. Contrast: FLAIR, T1, T1ce and T2 are mixtures of a CSF, a grey- and a white-matter intensity by the tissue maps, which differ a
-   little between patients, plus the template's own fine structure. Age-related bright white matter (caps around the ventricles
-   and scattered spots in FLAIR and T2), regional grey-matter differences and, in T1ce, vessels are drawn in everybody: healthy
-   tissue that looks like parts of a lesion.
-3. Lesion (in `lesion_share` of the patients): blobs of thresholded smooth noise, oedema (label 2) following white matter around a
-   core with an irregular enhancing rim (4) and a necrotic centre (1); one in four does not enhance. Its intensities differ
-   between patients and overlap with those of CSF, grey matter and aged white matter, so that no single intensity gives it away.
+1. Anatomy: the template is rotated, scaled, perhaps mirrored, its ventricles widened or narrowed, and bent by a smooth
+   random deformation on two scales; a lesion pushes its surroundings away.
+2. Contrast: FLAIR, T1, T1ce and T2 are mixtures of a CSF, a grey- and a white-matter intensity by the tissue maps,
+   which differ a little between patients, plus the template's own fine structure. Everybody has some healthy tissue
+   that looks like parts of a lesion: bright white matter of age (caps around the ventricles and scattered spots in
+   FLAIR and T2), regional grey-matter differences and, in T1ce, vessels.
+3. Lesion (in `lesion_share` of the patients): blobs of thresholded smooth noise, oedema (label 2) following white
+   matter around a core with an irregular enhancing rim (4) and a necrotic centre (1); one in four does not enhance.
+   Its intensities differ between patients and overlap with those of CSF, grey matter and aged white matter, so that
+   no single intensity gives it away.
 4. Acquisition: a smooth bias field, a gain per image and Rician noise; outside the brain everything is zero.
 
-Limits: all patients share one average brain, so their folding differs far less than between people; one lesion each; no motion, no
-resection cavities, no thick slices. They exercise a pipeline and compare methods with each other. They say nothing about
-patients, and no result on them is a result on BraTS.
+Limits: all patients share one average brain, so their folding differs far less than between people; one lesion each;
+no motion, no resection cavities, no thick slices. They exercise a pipeline and compare methods with each other. They
+say nothing about patients, and no result on them is a result on BraTS.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from memopt.core import InputError
+from memopt.errors import InputError
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 SHAPE = (240, 240, 155)
@@ -116,13 +117,13 @@ def _noise(rng: np.random.Generator, shape: tuple[int, ...], spacing: float) -> 
         for k, weight in enumerate(weights):
             basis[np.arange(n), first + k] = weight / 6
         field = np.tensordot(field, basis, axes=(0, 1))  # the new axis goes last: three turns restore the order
-    return field * np.float32(3.0)  # 3.0 makes up for the averaging of neighbours
+    return np.asarray(field * np.float32(3.0), dtype=np.float32)  # 3 makes up for the averaging of neighbours
 
 
 def _bump(axes: list[Array], centre: NDArray[Any], radius: float) -> Array:
     """exp(-(r / radius)^2) around `centre`, both in millimetres: [X, Y, Z] on the box."""
     parts = [np.exp(-(((axis - c) / radius) ** 2)) for axis, c in zip(axes, centre, strict=True)]
-    return np.multiply(np.multiply.outer(parts[0], parts[1])[..., None], parts[2], dtype=np.float32)
+    return np.asarray(np.multiply.outer(parts[0], parts[1])[..., None] * parts[2], dtype=np.float32)
 
 
 def _millimetres() -> list[Array]:
@@ -272,7 +273,7 @@ def simulate_patient(seed: int, number: int, *, lesion_share: float = 0.6) -> di
 
 
 def write_patient(folder: Path, images: dict[str, NDArray[Any]]) -> None:
-    """Write `folder/NAME_{flair,t1,t1ce,t2,seg}.nii.gz` in one step: the folder holds all five files or does not exist."""
+    """Write `folder/NAME_{flair,t1,t1ce,t2,seg}.nii.gz` in one step: all five files or no folder."""
     import nibabel
 
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -287,8 +288,8 @@ def write_patient(folder: Path, images: dict[str, NDArray[Any]]) -> None:
 def in_parallel(job: Callable[[Item], Result], items: Iterable[Item], workers: int, title: str) -> list[Result]:
     """[job(item) for item in items] in threads, with a progress bar; the first error ends it.
 
-    Threads suffice because numpy, scipy, zlib and torch release the interpreter lock; unlike processes they leave nothing behind
-    when the program is killed, and need no import of this file by name.
+    Threads suffice because numpy, scipy, zlib and torch release the interpreter lock; unlike processes they leave
+    nothing running when the program is killed, and need no import of this file by name.
     """
     from rich.console import Console
     from rich.progress import track

@@ -3,6 +3,9 @@
 Weights, gradients and optimizer states stay as they are; what shrinks is the activations that autocast operations keep
 for backward, to half at best. The training loop needs no change for bf16. For fp16 small gradients would underflow, so
 the handle carries a gradient scaler (``handle.scaler``) that the loop must use; memopt's own loop does.
+
+A legacy checkpoint function that forgets the autocast state would recompute in float32 what was computed in half
+precision; calls of one are made to remember it.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from memopt import legacy
 from memopt.core import Claim, Context, Edit, Pass
 from memopt.errors import InputError
 
@@ -54,6 +58,20 @@ class AMP(Pass):
                 return output
             return tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype == dtype else t, output)
 
+        def in_autocast(legacy_checkpoint: legacy.CheckpointFunction) -> legacy.CheckpointFunction:
+            def run(func: Callable[..., Any], inputs: Sequence[Any], params: Any, flag: bool) -> Any:
+                def autocast_func(*tensors: torch.Tensor) -> Any:
+                    with torch.autocast(tensors[0].device.type, dtype=dtype):
+                        return func(*tensors)
+
+                return legacy_checkpoint(autocast_func, inputs, params, flag)
+
+            return run
+
+        for module in edit.model.modules():
+            if rewritten := legacy.rewrite(type(module).forward, in_autocast):
+                edit.wrap(module, "forward", lambda m, _, *args, f=rewritten, **kwargs: f(m, *args, **kwargs))
+                edit.note(f"{type(module).__name__}: its own checkpoint function now recomputes in {self.dtype} too")
         edit.wrap(edit.model, "forward", forward)
         if self.dtype == "fp16":
             # The scale grows over thousands of steps: it is kept while other passes come and go.

@@ -5,7 +5,8 @@ CPU and device and the autocast state, works with ``retain_graph``, and lets exc
 takes care of what torch leaves to the caller, so that gradients stay bitwise those of the untouched model:
 
 * Inputs. Positional, keyword and nested inputs are flattened to positional tensors: torch looks only there for the
-  devices whose random state it must restore, and autograd's in-place check then covers them.
+  devices whose random state it must restore, and autograd's in-place check then covers them. Lists, dicts and
+  transformers caches that the block writes to are as before the call when it is recomputed.
 * A block that changes its own input in place would be recomputed from the changed input. The first call of each block
   watches for that on a copy, freed again at once; where it happens, recomputation starts from a copy.
 * Buffers changed in forward (BatchNorm statistics, counters, power iterations): recomputation runs on the values of
@@ -20,9 +21,9 @@ Not covered: Python-side state (``self.calls += 1`` counts recomputations too) a
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import inspect
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -32,10 +33,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from memopt import legacy
 from memopt.core import Claim, Context, Edit, Pass
-
-LEGACY_FLAGS = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "use_gradient_checkpointing")
-LEGACY_SIGNATURE = ("func", "inputs", "params", "flag")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +64,12 @@ class Checkpoint(Pass):
             inside = any(path == p or path.startswith(f"{p}.") for p in paths)
             around = any(path == "" or p.startswith(f"{path}.") for p in paths)
             if inside or around:
-                for flag in LEGACY_FLAGS:
-                    if vars(module).get(flag) is True:
-                        edit.set(module, flag, False)
-                        flags += 1
-            if inside and (forward := _without_legacy_checkpoint(type(module))):
-                edit.wrap(module, "forward", forward)
+                for flag in legacy.flags(module):
+                    edit.set(module, flag, False)
+                    flags += 1
+            # Unwrapped: what another pass made of the legacy call does not matter when there is none.
+            if inside and (plain := legacy.rewrite(inspect.unwrap(type(module).forward), lambda _: _plain_call)):
+                edit.wrap(module, "forward", _instead(plain))
                 calls += 1
         if flags or calls:
             edit.note(f"replaced the model's own checkpointing: {flags} flags turned off, {calls} forwards rewritten")
@@ -81,16 +80,16 @@ class Checkpoint(Pass):
 def find_blocks(model: nn.Module) -> list[str]:
     """Names of the blocks worth checkpointing, found by structure.
 
-    They are the composite members of the outermost ModuleLists, ModuleDicts and Sequentials. A member that itself
-    holds such a list directly (a UNet level with its list of residual blocks) is not taken whole but searched, so that
-    recomputing one block at a time stays cheap. Members of one layer alone are left out: that would save nothing.
+    They are the members of the outermost ModuleLists, ModuleDicts and Sequentials. A member that itself holds such a
+    list directly (a UNet level with its list of residual blocks) is not taken whole but searched, so that recomputing
+    one block at a time stays cheap. Single layers of torch are left out: recomputing them would save nothing.
     """
     found: list[str] = []
 
     def search(module: nn.Module, prefix: str, member: bool) -> None:
         lists = [c for c in module.children() if isinstance(c, (nn.ModuleList, nn.ModuleDict))]
         if member and not lists:
-            if sum(1 for m in module.modules() if not any(True for _ in m.children())) > 1 and _has_parameters(module):
+            if _composite(module) and next(module.parameters(), None) is not None:
                 found.append(prefix)
             return
         container = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
@@ -102,8 +101,13 @@ def find_blocks(model: nn.Module) -> list[str]:
     return [name for name in found if name in modules]  # a shared block appears once
 
 
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
+def _composite(module: nn.Module) -> bool:
+    """More than one layer, or a forward that is not that of one of torch's layers."""
+    if sum(1 for m in module.modules() if next(m.children(), None) is None) > 1:
+        return True
+    if isinstance(module, nn.Sequential):
+        return any(map(_composite, module))
+    return not any(c.__module__.startswith("torch.nn.") for c in type(module).__mro__ if c is not nn.Module)
 
 
 def _match(model: nn.Module, pattern: str) -> list[str]:
@@ -115,10 +119,15 @@ def _match(model: nn.Module, pattern: str) -> list[str]:
     return found
 
 
+_MUTATED = "_memopt_checkpoint_mutated"
+"""In the namespace of a block's own dynamic class, after its first call: which inputs (by position in the flattened
+arguments) the block changes in place."""
+
+
 def _forward(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return inner(*args, **kwargs)
-    leaves, spec = tree_flatten((args, kwargs))
+    leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda x: not isinstance(x, (tuple, list, dict)))
     if torch.compiler.is_compiling():  # the compiler sees mutations itself and replays random state
 
         def plain(*leaves: Any) -> Any:
@@ -126,67 +135,61 @@ def _forward(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs:
             return inner(*args, **kwargs)
 
         return checkpoint(plain, *leaves, use_reentrant=False)
-    run = _Run(module, inner, spec)
+    run = _Run(module, inner, (args, kwargs), spec)
     mutated = vars(type(module)).get(_MUTATED)
     if mutated is None:
         return run.watched(leaves)
-    if mutated:
-        run.originals = leaves
-        leaves = [leaf.clone() if i in mutated else leaf for i, leaf in enumerate(leaves)]
-        run.mutated = mutated
-    return checkpoint(run, *leaves, use_reentrant=False)
-
-
-_MUTATED = "_memopt_checkpoint_mutated"
-"""In the namespace of a block's own dynamic class, after its first call: which inputs (by position in the flattened
-arguments) the block changes in place."""
+    run.mutated = mutated
+    return checkpoint(run, *run.copied(leaves), use_reentrant=False)
 
 
 class _Run:
-    """One call of a block: its forward first, then a recomputation for each backward."""
+    """One call of a block: its forward first, then a recomputation for each backward.
 
-    def __init__(self, module: nn.Module, inner: Callable[..., Any], spec: Any) -> None:
+    The forward gets the very arguments of the call, so that lists and dicts it writes to are the caller's; a
+    recomputation gets new containers with what was in them before the call.
+    """
+
+    def __init__(self, module: nn.Module, inner: Callable[..., Any], arguments: Any, spec: Any) -> None:
         self.module, self.inner, self.spec = module, inner, spec
-        self.originals: list[Any] | None = None  # what the forward gets, where recomputation gets copies
+        self.arguments: Any = arguments  # until the forward is done
         self.mutated: frozenset[int] = frozenset()
-        self.forward_done = False
         self.buffers: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.generators: list[tuple[torch.Generator, Tensor]] = []
 
     def __call__(self, *leaves: Any) -> Any:
-        return self.recompute(list(leaves)) if self.forward_done else self.forward(list(leaves))
+        return self.recompute(leaves) if self.arguments is None else self.forward()
 
-    def call(self, leaves: list[Any]) -> Any:
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        return self.inner(*args, **kwargs)
+    def copied(self, leaves: Sequence[Any]) -> list[Any]:
+        """The flattened arguments, with copies of those that the block changes."""
+        return [leaf.clone() if i in self.mutated else _copy_cache(leaf) for i, leaf in enumerate(leaves)]
 
-    def forward(self, leaves: list[Any]) -> Any:
-        if self.originals is not None:
-            leaves, self.originals = self.originals, None
+    def forward(self) -> Any:
         self.generators = [(g, g.get_state()) for g in _generators(self.module)]
         before = [
             (m._buffers, {n: (b, b._version, b.detach().clone()) for n, b in m._buffers.items() if b is not None})
             for m in self.module.modules()
             if m._buffers
         ]
-        output = self.call(leaves)
+        args, kwargs = self.arguments
+        output = self.inner(*args, **kwargs)
         for buffers, old in before:
             # One changed buffer vouches for its module: BatchNorm bumps the version of its counter only.
             if any(buffers[name] is not b or b._version != version for name, (b, version, _) in old.items()):
-                self.buffers.append((buffers, {name: copy for name, (_, _, copy) in old.items()}))
-        self.forward_done = True
+                self.buffers.append((buffers, {name: value for name, (_, _, value) in old.items()}))
+        self.arguments = None
         return output
 
-    def recompute(self, leaves: list[Any]) -> Any:
-        leaves = [leaf.clone() if i in self.mutated else leaf for i, leaf in enumerate(leaves)]
+    def recompute(self, leaves: Sequence[Any]) -> Any:
+        args, kwargs = tree_unflatten(self.copied(leaves), self.spec)
         states = [(g, g.get_state()) for g, _ in self.generators]
         current = [(buffers, dict(buffers)) for buffers, _ in self.buffers]
         try:
             for generator, state in self.generators:
                 generator.set_state(state)
             for buffers, old in self.buffers:
-                buffers.update({name: copy.clone() for name, copy in old.items()})
-            return self.call(leaves)
+                buffers.update({name: value.clone() for name, value in old.items()})
+            return self.inner(*args, **kwargs)
         finally:  # also when torch stops the recomputation early, by an exception
             for generator, state in states:
                 generator.set_state(state)
@@ -197,24 +200,25 @@ class _Run:
         """The first call of a block: learn whether it changes its inputs in place."""
         tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not leaf.is_inference()}
         copies = {i: t.clone() for i, t in tensors.items()}
-        versions = {i: t._version for i, t in tensors.items()}
-        kept = list(leaves)
+        before = {i: t._version for i, t in tensors.items()}
+        kept = self.copied(leaves)
         after: dict[int, int] = {}
 
         def run(*_: Any) -> Any:
-            if self.forward_done:
-                if any(t._version != after[i] for i, t in enumerate(kept) if i in after):
+            if self.arguments is None:
+                if any(kept[i]._version != version for i, version in after.items()):
                     raise RuntimeError(
                         f"checkpoint: an input of a {type(self.module).__name__} was changed in place after the block "
                         "had run, so it cannot be recomputed. Leave this block out with Checkpoint(blocks=...)."
                     )
                 return self.recompute(kept)
-            output = self.forward(leaves)
-            self.mutated = frozenset(i for i, t in tensors.items() if t._version != versions[i])
-            kept[:] = [copies[i] if i in self.mutated else leaf for i, leaf in enumerate(leaves)]
-            after.update({i: leaf._version for i, leaf in enumerate(kept) if i in tensors})
-            for dead in (copies, tensors, leaves):  # the graph keeps this closure: let it hold `kept` alone
-                dead.clear()
+            output = self.forward()
+            self.mutated = frozenset(i for i, t in tensors.items() if t._version != before[i])
+            for i in self.mutated:
+                kept[i] = copies[i]
+            after.update({i: kept[i]._version for i in tensors})
+            copies.clear()  # the graph keeps this closure: let it hold `kept` alone
+            tensors.clear()
             return output
 
         # The tensors stay hidden in `kept`: those handed to torch could not be exchanged for copies any more. Empty
@@ -225,28 +229,32 @@ class _Run:
         return output
 
 
+def _copy_cache(leaf: Any) -> Any:
+    """A copy of a transformers key-value cache that shares its tensors; anything else as it is.
+
+    Language models in train mode hand one to their blocks, which append to it: a recomputation must find it, and leave
+    it, as it was.
+    """
+    if not any(c.__name__ == "Cache" and c.__module__.startswith("transformers.") for c in type(leaf).__mro__):
+        return leaf
+    twin = copy.copy(leaf)
+    for name, value in vars(leaf).items():
+        if isinstance(value, list):
+            setattr(twin, name, [copy.copy(layer) for layer in value])
+        elif isinstance(value, dict):
+            setattr(twin, name, dict(value))
+        else:
+            setattr(twin, name, _copy_cache(value))
+    return twin
+
+
 def _generators(module: nn.Module) -> Iterator[torch.Generator]:
     found = {id(v): v for m in module.modules() for v in vars(m).values() if isinstance(v, torch.Generator)}
     return iter(found.values())
 
 
-def _without_legacy_checkpoint(cls: type[nn.Module]) -> Callable[..., Any] | None:
-    """``cls.forward`` with a legacy checkpoint function among its globals replaced by a plain call, or None."""
-    forward = cls.forward
-    if not isinstance(forward, types.FunctionType):
-        return None
-    legacy = [
-        name
-        for name in forward.__code__.co_names
-        if isinstance(found := forward.__globals__.get(name), types.FunctionType)
-        and tuple(inspect.signature(found).parameters) == LEGACY_SIGNATURE
-    ]
-    if not legacy:
-        return None
-    scope = {**forward.__globals__, **dict.fromkeys(legacy, _plain_call)}
-    rewritten = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
-    rewritten.__kwdefaults__ = forward.__kwdefaults__
-    return lambda module, inner, *args, **kwargs: rewritten(module, *args, **kwargs)
+def _instead(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda module, inner, *args, **kwargs: forward(module, *args, **kwargs)
 
 
 def _plain_call(func: Callable[..., Any], inputs: Sequence[Any], params: Any, flag: bool) -> Any:

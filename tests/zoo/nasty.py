@@ -174,7 +174,7 @@ class PowerBlock(nn.Module):
             if self.training:
                 self.u.copy_(F.normalize(self.weight @ v, dim=0))
             u = self.u.clone()
-        sigma = torch.dot(u, self.weight @ v)
+        sigma = (u * (self.weight @ v)).sum()
         return x + F.gelu(F.linear(x, self.weight / sigma, self.bias))
 
 

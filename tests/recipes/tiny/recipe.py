@@ -32,7 +32,9 @@ class Points(torch.utils.data.Dataset):
 class Tiny(Recipe[TinyConfig]):
     name = "tiny"
     presets = {
-        "small": TinyConfig(steps=12, batch_size=8, lr=1e-2, ema_decay=0.9, save_every=4, keep=2, log_every=3, num_workers=0),
+        "small": TinyConfig(
+            steps=12, batch_size=8, lr=1e-2, ema_decay=0.9, save_every=4, keep=2, log_every=3, num_workers=0
+        ),
         "wide": TinyConfig(steps=12, batch_size=8, lr=1e-2, width=32, num_workers=0, lr_anneal=True),
     }
 
