@@ -73,7 +73,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         older = _names(folder)
         left = (
-            f"The newest checkpoint before it, {older[-1].name}, is untouched" if older else "There is none before it"
+            f"The one before it, {older[-1].name}, is untouched" if older else "There is none before it"
         )
         raise CheckpointError(
             f"could not save the checkpoint of step {step} in {folder}: {error}. {left}. "
@@ -148,13 +148,9 @@ def load_weights(file: Path, module: nn.Module) -> None:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Put a copy of a file in place atomically (a hard link where the file system has them)."""
+    """Put a copy of a file in place atomically."""
     partial = target.with_name(f"{_PARTIAL}{target.name}")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:
-        shutil.copyfile(source, partial)
+    shutil.copyfile(source, partial)
     partial.replace(target)
 
 

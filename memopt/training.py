@@ -297,6 +297,7 @@ def train(
         if trainer.is_main:
             _finish(trainer, log, out)
         losses = log.losses
+    trainer.accelerator.end_training()
     return Result(out, trainer.step, losses)
 
 

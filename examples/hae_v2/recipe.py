@@ -42,6 +42,8 @@ class HAEConfig(TrainConfig):
     """Heads of the attention blocks."""
     dropout: float = 0.1
     """In residual blocks and MLPs."""
+    use_scale_shift_norm: bool = False
+    """Let time and class scale and shift the norms of the residual blocks, rather than add to what enters them."""
     num_classes: int = 2
     """Healthy and lesion."""
     memory_optimization: bool = True
@@ -103,6 +105,7 @@ class HAE(Recipe[HAEConfig]):
                 attention_resolutions=config.attention_resolutions,
                 dropout=config.dropout,
                 channel_mult=config.channel_mult,
+                use_scale_shift_norm=config.use_scale_shift_norm,
                 num_classes=config.num_classes,
                 num_heads=config.num_heads,
                 memory_optimization=config.memory_optimization,
@@ -145,7 +148,7 @@ class HAE(Recipe[HAEConfig]):
         return losses.mean()
 
     def sample(self, config: HAEConfig, model: nn.Module, generator: torch.Generator) -> Grid:
-        """Two healthy and two diseased samples for each guidance strength; a row shares its starting noise with others."""
+        """Two healthy and two diseased samples for each guidance strength, from the same noise in every row."""
         device = next(model.parameters()).device
         size, rows = config.image_size, len(config.guidance)
         labels = torch.tensor([0, 0, 1, 1]).clamp(max=config.num_classes - 1)

@@ -319,6 +319,8 @@ def simulate(
 
     A killed run goes on where it stopped. `README.txt` and `simulation.json` in `root` say what the folder holds.
     """
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
     root = Path(root)
     if patients < 1 or not 0 <= lesion_share <= 1:
         raise InputError(
@@ -348,5 +350,6 @@ def simulate(
     missing = [number for number in range(patients) if not (root / patient_name(number)).exists()]
     if missing:
         _template()  # once, before the threads would each load it
-        in_parallel(make, missing, workers or min(os.cpu_count() or 1, 8), "Simulating patients")
+        with threadpool_limits(1):  # patients already fill the cores; more BLAS threads would only wait for each other
+            in_parallel(make, missing, workers or min(os.cpu_count() or 1, 8), "Simulating patients")
     return root
