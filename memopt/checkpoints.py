@@ -72,9 +72,7 @@ def save(
             raise
         shutil.rmtree(partial, ignore_errors=True)
         older = _names(folder)
-        left = (
-            f"The one before it, {older[-1].name}, is untouched" if older else "There is none before it"
-        )
+        left = f"The one before it, {older[-1].name}, is untouched" if older else "There is none before it"
         raise CheckpointError(
             f"could not save the checkpoint of step {step} in {folder}: {error}. {left}. "
             "Free some space, then go on with --resume."

@@ -60,7 +60,7 @@ class TrainConfig:
     keep: int = 3
     """How many checkpoints are kept."""
     sample_every: int = 0
-    """Steps between two sample grids; 0: only at the end."""
+    """Steps between two sample grids; 0: one at the end."""
     num_workers: int = 2
     """Processes that load data, at most 4; 0 loads in the training process."""
 

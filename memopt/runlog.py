@@ -44,8 +44,6 @@ class RunLog:
         self._metrics: Any = None
         self._process = psutil.Process()
         self._said = 0.0
-        if main:
-            (out / "samples").mkdir(parents=True, exist_ok=True)
 
     def file(self, name: str) -> Path:
         """A path in the run folder."""

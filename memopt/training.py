@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -33,6 +34,8 @@ from memopt import checkpoints, core, plots
 from memopt.errors import InputError, MemoptError
 from memopt.recipe import Recipe, TrainConfig, parse_passes
 from memopt.runlog import RunLog
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -277,28 +280,40 @@ def train(
         InputError: bad configuration or data, or ``out`` holds a run and ``resume`` is False.
         MemoptError: the loss is not finite, or a checkpoint could not be written.
     """
-    folder = out / "checkpoints"
     if not resume and (out / "metrics.jsonl").exists():
         raise InputError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
+    try:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write the run folder {out}: {error}. Choose another --out") from None
     trainer = Trainer(recipe, config, data=data, cache=cache)
-    with RunLog(out, config.steps, main=trainer.is_main) as log:
+    try:
+        return _run(trainer, out, resume)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise MemoptError(f"cannot write in {out}: {error}. The checkpoints in it are untouched.") from error
+
+
+def _run(trainer: Trainer, out: Path, resume: bool) -> Result:
+    folder, steps = out / "checkpoints", trainer.config.steps
+    with RunLog(out, steps, main=trainer.is_main) as log:
         found = checkpoints.newest(folder, log.warn) if resume else None
         if found is not None:
             trainer.restore(found)
             log.say(f"resuming from {found.path}")
-        if trainer.step > config.steps:
-            raise InputError(f"{out} is at step {trainer.step} already, beyond --steps {config.steps}")
+        if trainer.step > steps:
+            raise InputError(f"{out} is at step {trainer.step} already, beyond --steps {steps}")
         if trainer.is_main:
             checkpoints.clean(folder)
-            checkpoints.write_text(out / "config.json", json.dumps(_describe(recipe, trainer), indent=1))
+            checkpoints.write_text(out / "config.json", json.dumps(_describe(trainer), indent=1))
         log.rewind(trainer.step)
         log.start(trainer)
         _loop(trainer, log, out)
         if trainer.is_main:
             _finish(trainer, log, out)
-        losses = log.losses
     trainer.accelerator.end_training()
-    return Result(out, trainer.step, losses)
+    return Result(out, trainer.step, log.losses)
 
 
 def _loop(trainer: Trainer, log: RunLog, out: Path) -> None:
@@ -324,11 +339,22 @@ def _loop(trainer: Trainer, log: RunLog, out: Path) -> None:
             last = time.perf_counter()
         if saving:
             trainer.save(folder)
-        if config.sample_every and step % config.sample_every == 0 and not done:
-            trainer.sample(log.file(f"samples/step_{step:08d}.png"))
-        if saving or (config.sample_every and step % config.sample_every == 0):
+        if not done:  # the last one is drawn when everything is saved
+            _sample(trainer, log)
+        if saving or _samples_due(trainer):
             trainer.accelerator.wait_for_everyone()
             last = time.perf_counter()
+
+
+def _samples_due(trainer: Trainer) -> bool:
+    every = trainer.config.sample_every
+    return trainer.step % every == 0 if every else trainer.step == trainer.config.steps
+
+
+def _sample(trainer: Trainer, log: RunLog) -> None:
+    picture = log.file(f"samples/step_{trainer.step:08d}.png")
+    if _samples_due(trainer) and trainer.sample(picture):
+        checkpoints.publish(picture, log.file("samples.png"))
 
 
 def _first_bad(losses: list[float]) -> int:
@@ -341,19 +367,17 @@ def _finish(trainer: Trainer, log: RunLog, out: Path) -> None:
     for name in ("model.safetensors", "ema.safetensors"):
         if (newest / name).is_file():
             checkpoints.publish(newest / name, out / name)
-    picture = log.file(f"samples/step_{trainer.step:08d}.png")
-    if trainer.sample(picture):
-        checkpoints.publish(picture, out / "samples.png")
+    _sample(trainer, log)
     if log.losses:
         title = f"{trainer.recipe.name}: loss over {len(log.losses)} steps"
         plots.loss_curve(range(1, len(log.losses) + 1), log.losses, out / "loss.png", title=title)
 
 
-def _describe(recipe: Recipe[Any], trainer: Trainer) -> dict[str, Any]:
+def _describe(trainer: Trainer) -> dict[str, Any]:
     import platform
 
     return {
-        "recipe": recipe.name,
+        "recipe": trainer.recipe.name,
         "config": dataclasses.asdict(trainer.config),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "passes": str(trainer.handle.report()),

@@ -58,7 +58,8 @@ def test_sampling_takes_one_call_for_each_step():
     assert not model.frozen.training
 
 
-def test_sampling_is_deterministic_and_clipped():
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_sampling_is_deterministic_and_clipped(eta):
     torch.manual_seed(0)
     model = HAEUNetModelV2(16, 2, 32, 2, 1, [2], dropout=0.2, channel_mult=(1, 2), num_heads=4, num_classes=2)
     for parameter in model.parameters():  # a fresh model's last layer is zero
@@ -68,7 +69,8 @@ def test_sampling_is_deterministic_and_clipped():
     for _ in range(2):
         state = torch.get_rng_state()
         generator = torch.Generator().manual_seed(7)
-        images.append(diffusion.sample(model, torch.tensor([0, 1]), 1.8, 3, shape=(2, 2, 16, 16), generator=generator))
+        labels, shape = torch.tensor([0, 1]), (2, 2, 16, 16)
+        images.append(diffusion.sample(model, labels, 1.8, 3, eta=eta, shape=shape, generator=generator))
         assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(*images)
     assert images[0].abs().max() <= 1

@@ -1,7 +1,7 @@
 """Noise, loss and guided sampling: a thin layer on the schedulers of diffusers.
 
 The forward process has 1000 linear steps by default (beta from 1e-4 to 0.02); the model predicts the noise. Sampling is
-deterministic DDIM with classifier-free guidance, eps = (1 + w) eps_y - w eps_0, where eps_y is the prediction for
+DDIM with classifier-free guidance, eps = (1 + w) eps_y - w eps_0, where eps_y is the prediction for
 class y and eps_0 the one without a condition. Both come from one call of the model on a batch of twice the size.
 """
 
@@ -76,12 +76,13 @@ class Diffusion:
         guidance: Tensor | Sequence[float] | float = 0.0,
         steps: int = 50,
         *,
+        eta: float = 0.0,
         shape: Sequence[int],
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Draw images by deterministic DDIM (eta = 0); the same generator state gives the same images.
+        """Draw images by DDIM; the same generator state gives the same images.
 
         The model is in evaluation mode meanwhile. The starting noise is drawn on the generator's device, so that a CPU
         generator gives every device the same images to within rounding.
@@ -91,8 +92,10 @@ class Diffusion:
             labels: classes [N], or None for a model without classes.
             guidance: w, one for all samples or one for each.
             steps: number of DDIM steps, one call of the model each.
+            eta: share of fresh noise in each step: 0 is deterministic DDIM, 1 ancestral sampling, which forgives the
+                errors of a model that has trained for a short time.
             shape: [N, C, H, W] of the images.
-            generator: source of the starting noise; None for the CPU's default one.
+            generator: source of the starting noise and of what `eta` adds; None for the CPU's default one.
             device: where the model is.
             progress: called as progress(done, steps) after each step.
 
@@ -115,7 +118,10 @@ class Diffusion:
         with evaluating(model):
             for done, step in enumerate(scheduler.timesteps.tolist(), start=1):
                 eps, _ = self.predict(model, x, torch.full((n,), step, device=device), labels, weights)
-                x = scheduler.step(eps, step, x, eta=0.0, use_clipped_model_output=True).prev_sample
+                fresh = torch.randn(tuple(shape), generator=generator, device=source).to(device) if eta > 0 else None
+                x = scheduler.step(
+                    eps, step, x, eta=eta, use_clipped_model_output=True, variance_noise=fresh
+                ).prev_sample
                 if progress is not None:
                     progress(done, steps)
         return x

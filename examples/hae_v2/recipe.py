@@ -17,9 +17,10 @@ from torch.utils.data import Dataset
 from memopt.errors import InputError
 from memopt.recipe import Grid, Recipe, TrainConfig
 
-from .data import MODALITIES, SliceDataset, ensure_data
+from .data import SliceDataset, ensure_data
 from .diffusion import Diffusion
 from .model import HAEUNetModelV2Conservative
+from .simulate import MODALITIES
 
 CLASSES = ("healthy", "lesion")
 
@@ -56,6 +57,8 @@ class HAEConfig(TrainConfig):
     """Guidance strengths of the sample grid, one row each."""
     sample_steps: int = 50
     """DDIM steps of a sample."""
+    sample_eta: float = 1.0
+    """Fresh noise in each step of a sample: 1 is ancestral sampling, 0 deterministic DDIM."""
     patients: int = 40
     """How many patients are simulated where no data is given."""
     data_seed: int = 0
@@ -70,10 +73,12 @@ class HAE(Recipe[HAEConfig]):
         "quickstart": HAEConfig(
             image_size=32,
             model_channels=32,
-            channel_mult=(1, 2, 2),
+            channel_mult=(1, 2, 4),
             num_res_blocks=1,
-            attention_resolutions=(2, 4),
+            attention_resolutions=(4,),
             dropout=0.0,
+            # With 32 channels a norm has one channel per group and would cancel whatever is added before it.
+            use_scale_shift_norm=True,
             steps=500,
             batch_size=16,
             lr=1e-3,
@@ -163,6 +168,7 @@ class HAE(Recipe[HAEConfig]):
                     labels,
                     guidance,
                     min(config.sample_steps, config.diffusion_steps),
+                    eta=config.sample_eta,
                     shape=(columns, len(MODALITIES), size, size),
                     generator=generator,
                     device=device,
