@@ -128,6 +128,7 @@ class _Entry:
 
     pass_: Pass
     missing: str
+    optimizers: tuple[torch.optim.Optimizer, ...]
     claims: list[Claim] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -139,7 +140,7 @@ class Edit:
 
     def __init__(self, session: _Session, entry: _Entry) -> None:
         self.model: nn.Module = session.model
-        self.optimizers = session.optimizers
+        self.optimizers = entry.optimizers
         self.state = entry.state
         """Objects that live as long as the pass is on the model, also when others come and go."""
         self.counts = entry.counts
@@ -209,7 +210,6 @@ class _Session:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.optimizers: tuple[torch.optim.Optimizer, ...] = ()
         self.entries: list[_Entry] = []
         self.journal: list[Callable[[], None]] = []
         self.classes: list[tuple[Any, type]] = []
@@ -235,15 +235,15 @@ class _Session:
             )
         return session
 
-    def become(self, entries: list[_Entry], optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
+    def become(self, entries: list[_Entry]) -> None:
         """Make ``entries`` the passes on the model; on any exception it is left with those it had."""
-        before = (self.entries, self.optimizers)
+        before = self.entries
         self._unwind()
         try:
-            self._apply(entries, optimizers)
+            self._apply(entries)
         except BaseException:
             self._unwind()
-            self._apply(*before)
+            self._apply(before)
             raise
 
     def _unwind(self) -> None:
@@ -259,11 +259,10 @@ class _Session:
         self.model.__dict__.pop(_SESSION, None)
         self.entries = []
 
-    def _apply(self, entries: list[_Entry], optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
-        context = Context(optimizers=optimizers)
+    def _apply(self, entries: list[_Entry]) -> None:
         for entry in entries:
             entry.notes.clear()
-            entry.claims = entry.pass_.plan(self.model, context)
+            entry.claims = entry.pass_.plan(self.model, Context(optimizers=entry.optimizers))
             if not entry.claims:
                 found = f"found nothing to do. It needs {entry.pass_.wanted()}; {_describe(self.model)}"
                 if entry.missing == "raise":
@@ -271,7 +270,6 @@ class _Session:
                 entry.notes.append(f"skipped: {found}")
         _check_conflicts(entries)
         self._check_foreign_roots(entries)
-        self.optimizers = optimizers
         if entries:
             self.model.__dict__[_SESSION] = self
         self.entries = entries
@@ -377,7 +375,7 @@ class Handle:
         """Take this handle's passes off; those of other handles stay. The second call does nothing."""
         if self.active:
             rest = [entry for entry in self._session.entries if entry not in self._entries]
-            self._session.become(rest, self._session.optimizers if rest else ())
+            self._session.become(rest)
 
     def report(self) -> Report:
         """What each pass found and did so far."""
@@ -463,7 +461,7 @@ def apply(
         model: any module; it stays the same object, with the same keys.
         passes: objects (``Checkpoint()``), names (``"checkpoint"``) or tables (``{"amp": {"dtype": "bf16"}}``), in any
             order. A model that already has passes keeps them.
-        optimizer: the optimizer or optimizers of the training loop, for the passes that need them.
+        optimizer: the optimizer or optimizers of the training loop, for those of ``passes`` that need them.
         missing: what to do with a pass that finds nothing to do: ``"raise"``, or ``"skip"`` it and report that.
 
     Returns:
@@ -486,8 +484,7 @@ def apply(
         if not isinstance(one, torch.optim.Optimizer):
             raise InputError(f"optimizer must be a torch.optim.Optimizer, not a {type(one).__name__}")
     session = _Session.find(model)
-    entries = [_Entry(pass_, missing) for like in passes for pass_ in resolve(like)]
-    kept = tuple(o for o in session.optimizers if all(o is not g for g in given))
+    entries = [_Entry(pass_, missing, given) for like in passes for pass_ in resolve(like)]
     if entries:
-        session.become(session.entries + entries, kept + given)
+        session.become(session.entries + entries)
     return Handle(session, entries)

@@ -186,6 +186,11 @@ def test_a_recipe_that_is_none(tmp_path, capsys, content, message):
     assert re.search(message, fails(capsys, "train", tmp_path))
 
 
+def test_a_recipe_whose_packages_are_missing(tmp_path, capsys):
+    (tmp_path / "recipe.py").write_text("import surely_not_installed")
+    assert "the Python package 'surely_not_installed' is needed and not installed" in fails(capsys, "train", tmp_path)
+
+
 def test_passes_lists_every_pass(capsys):
     assert main(["passes"]) == 0
     text = capsys.readouterr().out

@@ -27,6 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoptError as error:
         print(f"memopt {options.verb}: error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"memopt {options.verb}: error: the Python package {error.name!r} is needed and not installed. The example "
+            "recipes have extras, such as pip install 'memopt[hae]'.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print(f"memopt {options.verb}: interrupted", file=sys.stderr)
         return 130
