@@ -6,7 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import memopt
 from memopt.passes import AMP, Checkpoint
 from memopt.passes.checkpoint import find_blocks
-from tests.zoo import ZOO, guided, run
+from tests.zoo import ZOO, guided, loss_of, placed, run
 
 
 class Block(nn.Module):
@@ -30,20 +30,20 @@ class Net(nn.Module):
         return x
 
 
-def saved_bytes(model, x):
+def saved_bytes(model, forward):
     """Bytes of distinct storages that autograd keeps for backward, parameters apart."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen = {}
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in own:
-            seen[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+            seen[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with saved_tensors_hooks(pack, lambda t: t):
-        out = model(x)
-    total = sum(size for size, _ in seen.values())
-    out.sum().backward()
+        loss = forward(model)
+    total = sum(t.untyped_storage().nbytes() for t in seen.values())
+    loss.backward()
     return total
 
 
@@ -51,10 +51,10 @@ def test_saved_bytes_are_exactly_the_block_inputs():
     x = torch.randn(10, 16)
     model = Net()
     # Each block keeps its input (10 x 16) for a, and tanh's output (10 x 64), which is b's input too.
-    assert saved_bytes(model, x) == 4 * 3 * (10 * 16 + 10 * 64)
+    assert saved_bytes(model, lambda m: m(x).sum()) == 4 * 3 * (10 * 16 + 10 * 64)
     memopt.apply(model, [Checkpoint()])
     model(x).sum().backward()  # the first call watches for in-place changes
-    assert saved_bytes(model, x) == 4 * 3 * (10 * 16)
+    assert saved_bytes(model, lambda m: m(x).sum()) == 4 * 3 * (10 * 16)
 
 
 def test_each_block_runs_forward_twice_and_no_more():
@@ -112,29 +112,18 @@ def test_every_block_found_is_run_as_a_module(case):
 
 @pytest.mark.parametrize("case", [c for c in ZOO.values() if c.blocks], ids=str)
 def test_fewer_bytes_are_saved_on_every_model(case):
-    from tests.zoo import loss_of, placed
-
-    def bytes_of(model):
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        seen = {}
-
-        def pack(tensor):
-            if tensor.untyped_storage().data_ptr() not in own:
-                seen[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
-            return tensor
-
-        args, kwargs = placed(case.inputs(), model)
-        with saved_tensors_hooks(pack, lambda t: t):
-            loss_of(model(*args, **kwargs))
-        return sum(size for size, _ in seen.values())
-
     model = case.build()
     if case.name.startswith("guided"):  # its own checkpoint function keeps tensors where no hook sees them
         pytest.skip("the plain model cannot be measured this way")
-    plain = bytes_of(model)
+
+    def forward(model):
+        args, kwargs = placed(case.inputs(), model)
+        return loss_of(model(*args, **kwargs))
+
+    plain = saved_bytes(model, forward)
     memopt.apply(model, [Checkpoint()])
     run(model, case)
-    assert bytes_of(model) < plain
+    assert saved_bytes(model, forward) < plain
 
 
 class Mutates(nn.Module):
@@ -306,6 +295,18 @@ def test_legacy_checkpointing_with_dropout_becomes_exact():
     assert (true - wrong).norm() > 0.1 * true.norm()
     memopt.apply(legacy, [Checkpoint()])
     assert torch.equal(true, grads(legacy))
+
+
+def test_hae_own_checkpointing_is_replaced():
+    from examples.hae_v2.model import HAEUNetModelV2Conservative
+
+    model = HAEUNetModelV2Conservative(16, 4, 32, 4, 1, (2,), channel_mult=(1, 2), num_classes=2, use_checkpoint=True)
+    on = sum(getattr(m, "use_checkpoint", False) for m in model.modules())
+    assert on > 5
+    handle = memopt.apply(model, ["checkpoint"])
+    assert f"{on} flags turned off, 0 forwards rewritten" in str(handle.report())
+    handle.undo()
+    assert sum(getattr(m, "use_checkpoint", False) for m in model.modules()) == on
 
 
 def test_diffusers_own_checkpointing_is_replaced():
