@@ -312,6 +312,7 @@ def _run(trainer: Trainer, out: Path, resume: bool) -> Result:
         _loop(trainer, log, out)
         if trainer.is_main:
             _finish(trainer, log, out)
+    trainer.accelerator.wait_for_everyone()  # no process leaves the group while another still works
     trainer.accelerator.end_training()
     return Result(out, trainer.step, log.losses)
 

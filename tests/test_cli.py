@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,7 +211,7 @@ def test_help_has_worked_examples_that_parse(capsys):
 
 
 def test_the_installed_command(tmp_path):
-    command = [shutil.which("memopt") or "memopt", "train", "nowhere"]
+    command = [Path(sys.executable).with_name("memopt"), "train", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "memopt train: error: no recipe folder nowhere\n"
