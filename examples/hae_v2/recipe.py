@@ -43,8 +43,6 @@ class HAEConfig(TrainConfig):
     """Heads of the attention blocks."""
     dropout: float = 0.1
     """In residual blocks and MLPs."""
-    use_scale_shift_norm: bool = False
-    """Let time and class scale and shift the norms of the residual blocks, rather than add to what enters them."""
     num_classes: int = 2
     """Healthy and lesion."""
     memory_optimization: bool = True
@@ -72,13 +70,13 @@ class HAE(Recipe[HAEConfig]):
     presets = {
         "quickstart": HAEConfig(
             image_size=32,
-            model_channels=32,
-            channel_mult=(1, 2, 4),
+            # Not 32: one channel per group of the norms, which then cancel the brightness of the image and whatever
+            # time and class add before them.
+            model_channels=64,
+            channel_mult=(1, 1, 2),
             num_res_blocks=1,
             attention_resolutions=(4,),
             dropout=0.0,
-            # With 32 channels a norm has one channel per group and would cancel whatever is added before it.
-            use_scale_shift_norm=True,
             steps=500,
             batch_size=16,
             lr=1e-3,
@@ -110,7 +108,6 @@ class HAE(Recipe[HAEConfig]):
                 attention_resolutions=config.attention_resolutions,
                 dropout=config.dropout,
                 channel_mult=config.channel_mult,
-                use_scale_shift_norm=config.use_scale_shift_norm,
                 num_classes=config.num_classes,
                 num_heads=config.num_heads,
                 memory_optimization=config.memory_optimization,
