@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,6 +129,16 @@ class RunLog:
             self._said = time.monotonic()
             self.say(f"step {step}/{self.steps}  {status}")
 
+    def summarize(self) -> None:
+        """Say how the run went: the loss of its first and last tenth, the peak of its memory, where it is."""
+        tenth = max(1, len(self.losses) // 10)
+        first, last = (sum(part) / tenth for part in (self.losses[:tenth], self.losses[-tenth:]))
+        device = f"device {_device_bytes() / GIB:.2f} GiB, " if _device_bytes() else ""
+        self.say(
+            f"done: mean loss {first:.4f} in the first tenth, {last:.4f} in the last (ratio {last / first:.3f}); "
+            f"peak memory: {device}process {_peak_process_bytes() / GIB:.2f} GiB; run folder {self.out}"
+        )
+
     def __enter__(self) -> RunLog:
         return self
 
@@ -135,6 +147,11 @@ class RunLog:
         for stream in (self._metrics, self._board):
             if stream is not None:
                 stream.close()
+
+
+def _peak_process_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _device_bytes() -> int:

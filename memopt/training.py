@@ -372,6 +372,7 @@ def _finish(trainer: Trainer, log: RunLog, out: Path) -> None:
     if log.losses:
         title = f"{trainer.recipe.name}: loss over {len(log.losses)} steps"
         plots.loss_curve(range(1, len(log.losses) + 1), log.losses, out / "loss.png", title=title)
+    log.summarize()
 
 
 def _describe(trainer: Trainer) -> dict[str, Any]:
