@@ -62,7 +62,7 @@ class TrainConfig:
     sample_every: int = 0
     """Steps between two sample grids; 0: one at the end."""
     num_workers: int = 2
-    """Processes that load data, at most 4; 0 loads in the training process."""
+    """Processes that load data, at most 4 and at most one per CPU core; 0 loads in the training process."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "save_every", "keep"):

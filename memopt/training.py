@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import operator
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -120,12 +121,13 @@ class Trainer:
         """The batches of these steps for this process."""
         config = self.config
         size = len(self.dataset)  # type: ignore[arg-type]
+        workers = min(config.num_workers, os.cpu_count() or 1)
         return DataLoader(
             self.dataset,
             batch_sampler=Batches(size, config.batch_size, config.seed, steps, self.rank, self.world),
-            num_workers=config.num_workers,
-            prefetch_factor=2 if config.num_workers else None,
-            persistent_workers=config.num_workers > 0,
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            persistent_workers=workers > 0,
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
