@@ -107,7 +107,7 @@ class Recipe(ABC, Generic[C]):
 
     @abstractmethod
     def dataset(self, config: C, data: Path | None, cache: Path) -> Dataset[Any]:
-        """A map-style data set of dictionaries of tensors, one per sample.
+        """A map-style data set of flat dictionaries, one per sample: tensors, and strings or numbers beside them.
 
         ``data`` is what the user gave (None: the recipe's own source), ``cache`` a folder for prepared data. An item
         depends on its index alone; what is random belongs in ``draw``.

@@ -17,7 +17,6 @@ import errno
 import hashlib
 import json
 import math
-import operator
 import os
 import time
 from collections.abc import Iterator
@@ -162,7 +161,7 @@ class Trainer:
         size = config.microbatch or rows
         total = torch.zeros((), device=device)
         for start in range(0, rows, size):
-            part = tree_map_only(Tensor, operator.itemgetter(slice(start, start + size)), batch)
+            part = {name: value[start : start + size] for name, value in batch.items()}
             share = min(size, rows - start) / rows
             last = start + size >= rows
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.parallel):

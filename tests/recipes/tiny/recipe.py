@@ -48,6 +48,7 @@ class Tiny(Recipe[TinyConfig]):
         return {"noise": torch.randn(n, 8, generator=generator)}
 
     def loss(self, config, model, batch):
+        assert len(batch["name"]) == len(batch["x"]) == len(batch["noise"])
         return nn.functional.mse_loss(model(batch["x"] + batch["noise"]), batch["x"])
 
     def sample(self, config, model, generator):
