@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import nn
 from memopt.errors import InputError, MemoptError
 
 MANIFEST = "manifest.json"
+ESSENTIAL = ("model.safetensors", "optimizer.pt", "state.json")
 _PARTIAL = ".partial-"
 
 
@@ -75,12 +77,30 @@ def save(
         left = f"The one before it, {older[-1].name}, is untouched" if older else "There is none before it"
         raise CheckpointError(
             f"could not save the checkpoint of step {step} in {folder}: {error}. {left}. "
-            "Free some space, then go on with --resume."
+            "When it can be written, go on with --resume."
         ) from error
     for old in _names(folder)[:-keep]:
-        old.rename(folder / f"{_PARTIAL}old-{old.name}")
+        _discard(old)
     clean(folder)
     return target
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints beyond ``step``: broken ones, which a resumed run will write again."""
+    for path in _names(folder):
+        if int(path.name.removeprefix("step_")) > step:
+            _discard(path)
+    clean(folder)
+
+
+def exist(folder: Path) -> bool:
+    """Whether there is any checkpoint, whole or not."""
+    return bool(_names(folder))
+
+
+def _discard(path: Path) -> None:
+    # Renamed first: a folder with a checkpoint's name is never half deleted.
+    path.rename(path.with_name(f"{_PARTIAL}old-{path.name}"))
 
 
 def clean(folder: Path) -> None:
@@ -103,8 +123,10 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None if every file is as it was written."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        for name, expected in manifest["files"].items():
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        if missing := [name for name in ESSENTIAL if name not in files]:
+            return f"{MANIFEST} does not list {', '.join(missing)}"
+        for name, expected in files.items():
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
@@ -185,7 +207,7 @@ def _is_write_error(error: Exception) -> bool:
 
 
 def _names(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step_*") if p.is_dir())
+    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name) and p.is_dir())
 
 
 def _sha256(file: Path) -> str:

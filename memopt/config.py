@@ -35,10 +35,11 @@ def build(cls: type[T], values: Mapping[str, Any], *, what: str, base: T | None 
             close = difflib.get_close_matches(name, fields, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise InputError(f"{what} has no option {name!r}.{hint} Options: {', '.join(fields) or 'none'}.")
-        if isinstance(value, str) and typing.get_origin(hints[name]) is tuple:
-            value = tuple(part.strip() for part in value.split(",") if part.strip())
-        if isinstance(value, str) and value.lower() == "none" and type(None) in typing.get_args(hints[name]):
+        choices = (hints[name], *typing.get_args(hints[name]))
+        if isinstance(value, str) and value.lower() == "none" and type(None) in choices:
             value = None
+        elif isinstance(value, str) and any(typing.get_origin(choice) in (tuple, list) for choice in choices):
+            value = tuple(part.strip() for part in value.split(",") if part.strip())
         given[name] = value
     try:
         return TypeAdapter(cls).validate_python(given)

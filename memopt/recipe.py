@@ -34,7 +34,7 @@ class TrainConfig:
     batch_size: int = 16
     """Samples per optimizer step, over all processes."""
     microbatch: int | None = None
-    """Samples per forward and process; smaller ones are accumulated, with the result of the whole batch."""
+    """Samples per forward and process; gradients are accumulated to those of the batch (dropout masks differ)."""
     lr: float = 1e-4
     """Learning rate of AdamW."""
     weight_decay: float = 0.0
@@ -69,7 +69,7 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1")
         for name in ("sample_every", "warmup_steps", "weight_decay", "seed"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative")
-        _require(self.lr > 0, "lr must be positive")
+        _require(0 < self.lr < float("inf"), "lr must be positive and finite")
         _require(self.microbatch is None or self.microbatch >= 1, "microbatch must be at least 1")
         _require(self.grad_clip is None or self.grad_clip > 0, "grad_clip must be positive")
         _require(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay must be in [0, 1)")
@@ -154,7 +154,15 @@ def load_recipe(directory: str | Path) -> Recipe[Any]:
         assert spec is not None
         spec.submodule_search_locations = [str(folder)]
         sys.modules[package] = importlib.util.module_from_spec(spec)
-    module = importlib.import_module(f"{package}.recipe")
+    try:
+        module = importlib.import_module(f"{package}.recipe")
+    except ModuleNotFoundError as error:
+        name = str(error.name).removeprefix(f"{package}.")
+        if name != error.name:
+            raise InputError(f"{folder / 'recipe.py'} imports .{name}, which is not in that folder") from error
+        if (folder / f"{name}.py").is_file():
+            raise InputError(f"{folder / 'recipe.py'}: write `from .{name} import ...` for a file beside it") from error
+        raise
     make = getattr(module, "recipe", None)
     if not callable(make):
         raise InputError(f"{folder / 'recipe.py'} does not define recipe()")

@@ -30,6 +30,8 @@ class RunLog:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.out, self.steps, self.main = out, steps, main
+        self.recorded: list[int] = []
+        """Steps whose losses are in ``losses``."""
         self.losses: list[float] = []
         self._console = Console(quiet=not main, soft_wrap=True)
         self._progress = Progress(
@@ -64,17 +66,20 @@ class RunLog:
         if not self.main:
             return
         path = self.file("metrics.jsonl")
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         kept = []
         for line in lines:
             try:
                 entry = json.loads(line)
-            except ValueError:
-                break  # cut off in the middle of a line
-            if entry["step"] > step:
-                break
-            kept.append(line)
-            self.losses.append(entry["loss"])
+                number, loss = int(entry["step"]), float(entry["loss"])
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off in the middle of a line
+            if number <= step:
+                kept.append(line)
+                self.recorded.append(number)
+                self.losses.append(loss)
+        if len(kept) < step:
+            self.warn(f"{path} is damaged: {step - len(kept)} of the first {step} steps are missing from it")
         partial = path.with_name(".partial-metrics.jsonl")
         partial.write_text("".join(f"{line}\n" for line in kept))
         partial.replace(path)
@@ -118,6 +123,7 @@ class RunLog:
         self._metrics.flush()
         for name, value in more.items():
             self._board.add_scalar(name, value, step)
+        self.recorded.extend(range(first, step + 1))
         self.losses.extend(losses)
         mean = sum(losses) / len(losses)
         device = f"  device {more['device_bytes'] / GIB:.2f} GiB" if more["device_bytes"] else ""
@@ -131,11 +137,14 @@ class RunLog:
 
     def summarize(self) -> None:
         """Say how the run went: the loss of its first and last tenth, the peak of its memory, where it is."""
+        if not self.losses:
+            return
         tenth = max(1, len(self.losses) // 10)
         first, last = (sum(part) / tenth for part in (self.losses[:tenth], self.losses[-tenth:]))
+        ratio = f" (ratio {last / first:.3f})" if first else ""
         device = f"device {_device_bytes() / GIB:.2f} GiB, " if _device_bytes() else ""
         self.say(
-            f"done: mean loss {first:.4f} in the first tenth, {last:.4f} in the last (ratio {last / first:.3f}); "
+            f"done: mean loss {first:.4f} in the first tenth, {last:.4f} in the last{ratio}; "
             f"peak memory: {device}process {_peak_process_bytes() / GIB:.2f} GiB; run folder {self.out}"
         )
 

@@ -3,7 +3,8 @@
 Randomness has no history. Every step seeds the generators from (seed, step, process), the data order of an epoch comes
 from (seed, epoch), and the draws of a batch (noise, time steps, dropped conditions) from (seed, step), for the whole
 batch over all processes, of which each process takes its rows. Hence a resumed run needs no generator states to equal
-an uninterrupted one, and neither the microbatch size nor the number of processes changes what is computed.
+an uninterrupted one, and neither the microbatch size nor the number of processes changes what is computed (a model's
+own dropout masks apart).
 
 accelerate places the model and wraps it for torchrun; mixed precision is a memopt pass (``amp``), whose scaler, if it
 has one, is used here.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -127,6 +129,8 @@ class Trainer:
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             persistent_workers=workers > 0,
+            # A recipe's modules have no name that a new interpreter could import.
+            multiprocessing_context="fork" if workers else None,
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
@@ -172,12 +176,16 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint (main process only; the others go on)."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise MemoptError(
+                f"the weights are not finite after step {self.step}; they are not saved. Lower lr or set grad_clip; "
+                "the checkpoints before it are kept."
+            )
         if not self.is_main:
             return
         modules = {"model": self.model} if self.ema is None else {"model": self.model, "ema": self.ema.module}
         state = {
             "recipe": self.recipe.name,
-            "config": dataclasses.asdict(self.config),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
@@ -204,8 +212,15 @@ class Trainer:
         if self.ema is not None:
             checkpoints.load_weights(path / "ema.safetensors", self.ema.module)
             self.ema.n_averaged.fill_(checkpoint.step)
+        # What the configuration says (learning rate, weight decay) holds, also where it was changed for this resume.
+        options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        base = list(self.scheduler.base_lrs)
         self.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
         self.scheduler.load_state_dict(checkpoint.state["scheduler"])
+        self.scheduler.base_lrs = base
+        for group, configured, lr in zip(self.optimizer.param_groups, options, base, strict=True):
+            group.update(configured)
+            group["lr"] = lr * self._lr_factor(checkpoint.step)
         if self.scaler.is_enabled() and checkpoint.state["scaler"]:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
         self.step = checkpoint.step
@@ -269,7 +284,7 @@ def train(
     """Train a recipe and leave a run folder.
 
     The folder holds ``model.safetensors``, ``ema.safetensors``, ``config.json``, ``metrics.jsonl`` (one line per step),
-    ``loss.png``, ``samples.png`` and ``samples/``, TensorBoard files and ``checkpoints/``.
+    ``loss.png``, ``samples/`` with the newest grid as ``samples.png``, TensorBoard files and ``checkpoints/``.
 
     Args:
         out: the run folder.
@@ -281,7 +296,7 @@ def train(
         InputError: bad configuration or data, or ``out`` holds a run and ``resume`` is False.
         MemoptError: the loss is not finite, or a checkpoint could not be written.
     """
-    if not resume and (out / "metrics.jsonl").exists():
+    if not resume and ((out / "metrics.jsonl").exists() or checkpoints.exist(out / "checkpoints")):
         raise InputError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -289,25 +304,49 @@ def train(
         raise InputError(f"cannot write the run folder {out}: {error}. Choose another --out") from None
     trainer = Trainer(recipe, config, data=data, cache=cache)
     try:
-        return _run(trainer, out, resume)
+        with _only_one(out) if trainer.is_main else contextlib.nullcontext():
+            return _run(trainer, out, resume, data)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         raise MemoptError(f"cannot write in {out}: {error}. The checkpoints in it are untouched.") from error
 
 
-def _run(trainer: Trainer, out: Path, resume: bool) -> Result:
+@contextlib.contextmanager
+def _only_one(out: Path) -> Iterator[None]:
+    """Hold the run folder: the lock goes with the process, however it ends, and its children do not inherit it."""
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another run is writing into {out}: wait for it, or choose another --out") from None
+        yield
+
+
+def _same_data(trainer: Trainer, out: Path) -> None:
+    """A run goes on with the data it began with."""
+    try:
+        before = json.loads((out / "config.json").read_text())["samples"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    now = len(trainer.dataset)  # type: ignore[arg-type]
+    if before != now:
+        raise InputError(f"{out} was trained on {before} samples, but there are {now} now: give the --data of that run")
+
+
+def _run(trainer: Trainer, out: Path, resume: bool, data: Path | None) -> Result:
     folder, steps = out / "checkpoints", trainer.config.steps
     with RunLog(out, steps, main=trainer.is_main) as log:
         found = checkpoints.newest(folder, log.warn) if resume else None
         if found is not None:
+            _same_data(trainer, out)
             trainer.restore(found)
             log.say(f"resuming from {found.path}")
         if trainer.step > steps:
             raise InputError(f"{out} is at step {trainer.step} already, beyond --steps {steps}")
         if trainer.is_main:
-            checkpoints.clean(folder)
-            checkpoints.write_text(out / "config.json", json.dumps(_describe(trainer), indent=1))
+            checkpoints.discard_after(folder, trainer.step)
+            checkpoints.write_text(out / "config.json", json.dumps(_describe(trainer, data), indent=1, default=str))
         log.rewind(trainer.step)
         log.start(trainer)
         _loop(trainer, log, out)
@@ -369,17 +408,21 @@ def _finish(trainer: Trainer, log: RunLog, out: Path) -> None:
     for name in ("model.safetensors", "ema.safetensors"):
         if (newest / name).is_file():
             checkpoints.publish(newest / name, out / name)
-    _sample(trainer, log)
+        else:  # of an earlier part of the run that kept an average
+            (out / name).unlink(missing_ok=True)
     if log.losses:
         title = f"{trainer.recipe.name}: loss over {len(log.losses)} steps"
-        plots.loss_curve(range(1, len(log.losses) + 1), log.losses, out / "loss.png", title=title)
+        plots.loss_curve(log.recorded, log.losses, out / "loss.png", title=title)
+    _sample(trainer, log)
     log.summarize()
 
 
-def _describe(trainer: Trainer) -> dict[str, Any]:
+def _describe(trainer: Trainer, data: Path | None) -> dict[str, Any]:
     import platform
 
     return {
+        "data": None if data is None else str(data.resolve()),
+        "samples": len(trainer.dataset),  # type: ignore[arg-type]
         "recipe": trainer.recipe.name,
         "config": dataclasses.asdict(trainer.config),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),

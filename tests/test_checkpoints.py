@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -131,6 +132,36 @@ def test_all_damaged_starts_anew(tmp_path, capsys):
     assert same(expected, weights(out))
 
 
+def test_what_a_user_put_beside_the_checkpoints_stays(tmp_path):
+    out = tmp_path / "run"
+    go(out)
+    mine = out / "checkpoints" / "step_00000008_mine"
+    shutil.copytree(out / "checkpoints" / "step_00000008", mine)
+    (out / "checkpoints" / "step_best").mkdir()
+    go(out, resume=True, steps=24)
+    names = {p.name for p in (out / "checkpoints").iterdir()}
+    assert names == {"step_00000020", "step_00000024", "step_00000008_mine", "step_best"}
+
+
+def test_broken_checkpoints_beyond_the_resumed_step_make_room(tmp_path):
+    """Counted among the newest, they would push out the good ones that are written after them."""
+    out = tmp_path / "run"
+    go(out)
+    for folder in (out / "checkpoints").iterdir():
+        truncate(folder / "model.safetensors")
+    (out / "model.safetensors").unlink()
+    go(out, resume=True, steps=6)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
+    assert (out / "model.safetensors").is_file()
+
+
+def test_a_manifest_that_lists_too_little_is_no_checkpoint(tmp_path):
+    go(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step_00000012"
+    (newest / "manifest.json").write_text('{"files": {}}')
+    assert checkpoints.verify(newest) == ("manifest.json does not list model.safetensors, optimizer.pt, state.json")
+
+
 def test_old_checkpoints_go_and_the_newest_stay(tmp_path):
     go(tmp_path / "run", save_every=1, keep=4)
     names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
@@ -155,7 +186,7 @@ def test_a_disk_that_refuses_to_write(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert "could not save the checkpoint of step 16" in done.stderr
-    assert "The one before it, step_00000012, is untouched. Free some space, then go on with --resume." in done.stderr
+    assert "The one before it, step_00000012, is untouched. When it can be written, go on with --resume." in done.stderr
     assert "Traceback" not in done.stderr
     assert {p: p.read_bytes() for p in (out / "checkpoints" / "step_00000012").iterdir()} == before
     assert not list((out / "checkpoints").glob(".partial*"))

@@ -106,6 +106,9 @@ def test_bad_data(tmp_path, capsys, bad):
         (["--set", "image_size=18"], r"image_size 18 is not divisible by 4"),
         (["--set", "num_classes=1"], r"class 1 \(lesion\), out of range for num_classes=1; set num_classes=2"),
         (["--set", "model_channels=48"], r"model_channels 48 \* channel_mult 1 = 48 is not a multiple of 32"),
+        (["--set", "guidance="], "guidance needs at least one number"),
+        (["--set", "attention_resolutions=3"], r"attention_resolutions must be among \[1, 2, 4\]"),
+        (["--set", "drop_condition=5"], r"drop_condition must be in \[0, 1\]"),
         (["--set", "dropout=2"], r"dropout must be in \[0, 1\), got 2"),
     ],
 )
@@ -132,6 +135,7 @@ def test_bad_hae_settings(tmp_path, capsys, more, message):
         ([TINY, "--passes", "amp:dtype=int8"], "pass 'amp': dtype: "),
         ([TINY, "--passes", "amp:fp16"], "write options as name:option=value, not 'fp16'"),
         ([TINY, "--passes", "checkpoint:blocks=x*"], "checkpoint: found nothing to do"),
+        ([TINY, "--cache", ""], "argument --cache: an empty path"),
         ([TINY, "--frobnicate"], "unrecognized arguments: --frobnicate"),
         ([], "the following arguments are required: DIR"),
     ],
@@ -168,6 +172,30 @@ def test_resume_keeps_the_settings_of_the_run(tmp_path, capsys):
     assert "config.json cannot be read" in fails(capsys, "train", TINY, "--out", out, "--resume")
 
 
+def test_resume_goes_on_with_the_data_of_the_run(tmp_path, capsys):
+    folder = brats(tmp_path / "brats")
+    more = ["--batch-size", "2", "--set", "sample_steps=1", "guidance=1"]
+    assert main([str(a) for a in train_hae(tmp_path, "--data", folder, "--steps", "1", *more)]) == 0
+    assert (
+        main(
+            [
+                "train",
+                str(HAE),
+                "--out",
+                str(tmp_path / "run"),
+                "--cache",
+                str(tmp_path / "cache"),
+                "--resume",
+                "--steps",
+                "2",
+            ]
+        )
+        == 0
+    )
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == str(folder)
+    assert not list((tmp_path / "cache").glob("simulated*"))
+
+
 def test_an_unwritable_run_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     text = fails(capsys, "train", TINY, "--out", tmp_path / "file" / "run")
@@ -179,6 +207,7 @@ def test_an_unwritable_run_folder(tmp_path, capsys):
     ("content", "message"),
     [
         ("x = 1", r"does not define recipe\(\)"),
+        ("from .nett import x", r"recipe.py imports .nett, which is not in that folder"),
         ("def recipe():\n    return 5", "returned a int, not a memopt.Recipe|returned a int"),
     ],
 )

@@ -47,7 +47,9 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     out = tmp_path / "run"
     result = go(out, sample_every=4)
     assert result.step == 12
-    names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and "tfevents" not in p.name}
+    names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and "tfevents" not in p.name} - {
+        ".lock"
+    }
     checkpoint = {f"{n}.safetensors" for n in ("model", "ema")} | {"optimizer.pt", "state.json", "manifest.json"}
     assert names == (
         {"model.safetensors", "ema.safetensors", "config.json", "metrics.jsonl", "loss.png", "samples.png"}
@@ -256,6 +258,86 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     with pytest.raises(MemoptError, match=r"the loss is not finite at step 8. Lower lr"):
         train(recipe, config, out=tmp_path / "run")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000004"]
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    recipe, config = tiny(lr=1e10, save_every=1)
+    loss = recipe.loss
+    recipe.loss = lambda *args: loss(*args) * 1e30
+    recipe.optimizer = lambda config, model: torch.optim.SGD(model.parameters(), lr=config.lr)
+    with pytest.raises(MemoptError, match="the weights are not finite after step 1; they are not saved"):
+        train(recipe, config, out=tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+    with pytest.raises(InputError, match="lr must be positive and finite"):
+        tiny(lr="inf")
+
+
+def rates(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["lr"] for line in lines if "lr" in line}
+
+
+def test_settings_changed_for_a_resume_take_effect(tmp_path):
+    out = tmp_path / "run"
+    go(out, log_every=1)
+    go(out, resume=True, steps=16, log_every=1, lr=1e-5, weight_decay=0.3)
+    assert [rates(out)[step] for step in (12, 13, 16)] == [1e-2, 1e-5, 1e-5]
+    state = torch.load(out / "checkpoints" / "step_00000016" / "optimizer.pt", weights_only=True)
+    assert state["param_groups"][0]["weight_decay"] == 0.3
+
+
+def test_annealing_over_more_steps_goes_on_where_a_longer_run_would_be(tmp_path):
+    go(tmp_path / "short", log_every=1, lr_anneal=True)
+    go(tmp_path / "short", resume=True, steps=24, log_every=1, lr_anneal=True)
+    go(tmp_path / "long", steps=24, log_every=1, lr_anneal=True)
+    short, long = rates(tmp_path / "short"), rates(tmp_path / "long")
+    assert all(short[step] == long[step] for step in range(13, 25))
+
+
+def test_other_data_on_resume_is_refused(tmp_path):
+    go(tmp_path / "run")
+    with pytest.raises(
+        InputError, match="was trained on 64 samples, but there are 48 now: give the --data of that run"
+    ):
+        go(tmp_path / "run", resume=True, steps=16, samples=48)
+
+
+def test_an_average_that_is_no_longer_kept_goes(tmp_path):
+    go(tmp_path / "run")
+    go(tmp_path / "run", resume=True, steps=16, ema_decay="none")
+    assert not (tmp_path / "run" / "ema.safetensors").exists()
+
+
+def test_damaged_metrics_are_named_and_the_rest_is_kept(tmp_path, capsys):
+    out = tmp_path / "run"
+    go(out)
+    lines = (out / "metrics.jsonl").read_bytes().splitlines()
+    lines[4], lines[6] = b"\xff\x00", b"17"
+    (out / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    go(out, resume=True, steps=16)
+    assert "is damaged: 2 of the first 12 steps are missing" in capsys.readouterr().out
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16]
+    (out / "metrics.jsonl").unlink()
+    go(out, resume=True, steps=16)  # nothing to sum up
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    out = tmp_path / "run"
+    hold = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+        "print(flush=True); time.sleep(60)"
+    )
+    out.mkdir()
+    other = subprocess.Popen([sys.executable, "-c", hold, str(out / ".lock")], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        with pytest.raises(InputError, match=r"another run is writing into .*: wait for it, or choose another --out"):
+            go(out)
+    finally:
+        other.kill()
+        other.communicate()
+    go(out)
 
 
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path):

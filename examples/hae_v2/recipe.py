@@ -6,6 +6,7 @@ Without ``--data`` it trains on simulated patients (see simulate.py); with it, o
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,26 @@ class HAEConfig(TrainConfig):
     """How many patients are simulated where no data is given."""
     data_seed: int = 0
     """Determines the simulated patients and the split into training, validation and test."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        levels = {2**level for level in range(len(self.channel_mult))}
+        checks = {
+            "image_size must be at least 1": self.image_size >= 1,
+            "diffusion_steps must be at least 1": self.diffusion_steps >= 1,
+            "sample_steps must be at least 1": self.sample_steps >= 1,
+            "patients must be at least 3, one for each split": self.patients >= 3,
+            "data_seed must not be negative": self.data_seed >= 0,
+            "drop_condition must be in [0, 1]": 0 <= self.drop_condition <= 1,
+            "sample_eta must be in [0, 1]": 0 <= self.sample_eta <= 1,
+            "guidance needs at least one number, and finite ones": bool(self.guidance)
+            and all(map(math.isfinite, self.guidance)),
+            f"attention_resolutions must be among {sorted(levels)}, the levels' downsampling factors": levels
+            >= set(self.attention_resolutions),
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise InputError(message)
 
 
 class HAE(Recipe[HAEConfig]):

@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except PermissionError as error:
+        print(f"memopt {options.verb}: error: cannot access {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"memopt {options.verb}: interrupted", file=sys.stderr)
         return 130

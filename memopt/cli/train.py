@@ -34,14 +34,16 @@ def add(verbs: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", metavar="DIR", type=Path, help="a folder with a recipe.py that defines recipe()")
+    parser.add_argument("recipe", metavar="DIR", type=_path, help="a folder with a recipe.py that defines recipe()")
     parser.add_argument("--preset", metavar="P", help="configuration by name (default: the recipe's first)")
-    parser.add_argument("--data", metavar="PATH", type=Path, help="your data, in the form the recipe reads")
-    parser.add_argument("--cache", metavar="DIR", type=Path, default=Path("data"), help="prepared data (default: data)")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/RECIPE-PRESET)")
+    parser.add_argument("--data", metavar="PATH", type=_path, help="your data, in the form the recipe reads")
+    parser.add_argument(
+        "--cache", metavar="DIR", type=_path, default=Path("data"), help="prepared data (default: data)"
+    )
+    parser.add_argument("--out", metavar="DIR", type=_path, help="run folder (default: runs/RECIPE-PRESET)")
     parser.add_argument("--steps", metavar="N", help="optimizer steps in all")
     parser.add_argument("--batch-size", metavar="B", help="samples per step, over all processes")
-    parser.add_argument("--microbatch", metavar="M", help="samples per forward; the step's result stays the same")
+    parser.add_argument("--microbatch", metavar="M", help="samples per forward, accumulated to the batch")
     parser.add_argument("--passes", metavar="A,B", help="memopt passes, such as checkpoint,amp:dtype=fp16")
     parser.add_argument("--seed", metavar="S", help="determines everything random")
     parser.add_argument(
@@ -66,9 +68,15 @@ def run(options: argparse.Namespace) -> None:
     }
     values |= dict(_pair(text) for text in options.set)
     out = options.out or Path("runs") / f"{recipe.name}-{options.preset or next(iter(recipe.presets))}"
-    base = _stored(out, recipe) if options.resume else None
+    base, data = _stored(out, recipe) if options.resume else (None, None)
     config = configure(recipe, options.preset, values, base)
-    train(recipe, config, out=out, data=options.data, cache=options.cache, resume=options.resume)
+    train(recipe, config, out=out, data=options.data or data, cache=options.cache, resume=options.resume)
+
+
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty path")
+    return Path(text).expanduser()
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -78,20 +86,21 @@ def _pair(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _stored(out: Path, recipe: Any) -> Any:
-    """The configuration of the run in ``out``, or None if there is none yet."""
+def _stored(out: Path, recipe: Any) -> tuple[Any, Path | None]:
+    """The configuration and the data of the run in ``out``; Nones if there is none yet."""
     from memopt.config import build
 
     file = out / "config.json"
     if not file.exists():
-        return None
+        return None, None
+    kind = type(next(iter(recipe.presets.values())))
+    known = {field.name for field in dataclasses.fields(kind)}
     try:
         stored = json.loads(file.read_text())
-        name, values = stored["recipe"], stored["config"]
-    except (ValueError, KeyError, TypeError) as error:
+        name, data = stored["recipe"], stored.get("data")
+        values = {k: v for k, v in stored["config"].items() if k in known}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} cannot be read ({error}); give the run's settings again with another --out") from None
     if name != recipe.name:
         raise InputError(f"{out} is a run of recipe {name!r}, not of {recipe.name!r}")
-    kind = type(next(iter(recipe.presets.values())))
-    known = {field.name for field in dataclasses.fields(kind)}
-    return build(kind, {k: v for k, v in values.items() if k in known}, what=str(file))
+    return build(kind, values, what=str(file)), None if data is None else Path(data)
