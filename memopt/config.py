@@ -27,6 +27,8 @@ def build(cls: type[T], values: Mapping[str, Any], *, what: str, base: T | None 
     """
     from pydantic import TypeAdapter, ValidationError
 
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise InputError(f"{what}: options are given as a table of names and values, not as {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     given = {} if base is None else {name: getattr(base, name) for name in fields}

@@ -122,7 +122,7 @@ class Pass(ABC):
         return f"{self.name}({', '.join(given)})"
 
 
-@dataclass
+@dataclass(eq=False)  # an entry is this one, not any with the same pass
 class _Entry:
     """A pass that is active on a model, with what it found and what it keeps while it is active."""
 
@@ -159,6 +159,11 @@ class Edit:
         optimizer; only this object changes. ``around`` must use the ``target`` it is given, not one it closed over:
         a deep copy of the model shares the subclass.
         """
+        if isinstance(target, torch.jit.ScriptModule):
+            raise InputError(
+                f"{self._entry.pass_.name} cannot change a scripted module ({type(target).__name__}): apply memopt "
+                "before torch.jit.script"
+            )
         if method in vars(target):
             raise InputError(
                 f"{self._entry.pass_.name} cannot wrap {type(target).__name__}.{method}: another library replaced it "
@@ -175,17 +180,24 @@ class Edit:
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         make: Any = type(base)
         subclass = make(base.__name__, (base,), {**names, method: wrapped, _MARK: base})
-        target.__class__ = subclass
+        object.__setattr__(target, "__class__", subclass)  # not by a __setattr__ of the model's own
         self._session.classes.append((target, subclass))
 
         def restore() -> None:
-            target.__class__ = base
+            object.__setattr__(target, "__class__", base)
             self._session.classes.pop()
 
         self._session.journal.append(restore)
 
     def set(self, target: Any, name: str, value: Any) -> None:
-        """Set an attribute, remembering the old one (or that there was none on the instance)."""
+        """Set a plain attribute, remembering the old one (or that there was none on the instance)."""
+        if isinstance(target, nn.Module):
+            registered = (target._parameters, target._buffers, target._modules)
+            if any(name in held for held in registered) or isinstance(value, (nn.Module, nn.Parameter)):
+                raise MemoptError(
+                    f"{self._entry.pass_.name}: Edit.set is for plain attributes; {name!r} of a "
+                    f"{type(target).__name__} is a parameter, buffer or submodule. Change what forward does with Edit.wrap."
+                )
         had, old = name in vars(target), vars(target).get(name)
         setattr(target, name, value)
         self._session.journal.append(lambda: setattr(target, name, old) if had else delattr(target, name))
@@ -437,7 +449,8 @@ def resolve(like: Any) -> list[Pass]:
         like = {like: {}}
     if not isinstance(like, Mapping):
         raise InputError(f"a pass is given as an object, a name or a table of options, not as {like!r}")
-    known = available_passes()
+    # Installed packages are asked only for a name that is not known yet: a broken one must not hurt the others.
+    known = dict(_REGISTRY) if all(name in _REGISTRY for name in like) else available_passes()
     found = []
     for name, options in like.items():
         if name not in known:
@@ -477,6 +490,8 @@ def apply(
         raise InputError(f"apply needs a torch.nn.Module, not a {type(model).__name__}")
     if isinstance(passes, (str, Mapping, Pass)):
         passes = [passes]
+    if passes is None or isinstance(passes, type):
+        raise InputError(f"passes must be a list of objects, names or tables, not {passes!r}")
     if missing not in ("raise", "skip"):
         raise InputError(f"missing={missing!r}: say 'raise' or 'skip'")
     given = () if optimizer is None else tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)

@@ -45,3 +45,8 @@ def rewrite(forward: Any, replace: Callable[[CheckpointFunction], CheckpointFunc
     copy = types.FunctionType(code, scope, name, defaults, closure)
     copy.__kwdefaults__ = forward.__kwdefaults__
     return copy
+
+
+def instead(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """For ``Edit.wrap``: run ``forward`` in place of the method as it was."""
+    return lambda module, inner, /, *args, **kwargs: forward(module, *args, **kwargs)

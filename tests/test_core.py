@@ -232,6 +232,22 @@ def test_wrong_kinds_of_arguments(model):
         pass
 
 
+@pytest.mark.parametrize("passes", [None, Checkpoint, [{"amp": None}], [{"amp": "bf16"}], [{"amp": {1: 2}}]], ids=str)
+def test_passes_in_the_wrong_form(model, passes):
+    with pytest.raises(InputError, match=r"must be a list of objects, names or tables|a table of names and values"):
+        memopt.apply(model, passes)
+
+
+def test_an_old_handle_does_not_take_off_a_new_one(model):
+    first = memopt.apply(model, ["checkpoint"])
+    memopt.apply(model, ["amp"])
+    first.undo()
+    second = memopt.apply(model, ["checkpoint"])
+    assert not first.active
+    first.undo()
+    assert second.active
+
+
 def test_report_rows(model):
     handle = memopt.apply(model, [Checkpoint(), {"amp": {"dtype": "fp16"}}])
     checkpoint, amp = handle.report().rows

@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -247,9 +248,12 @@ def prepare(
     return destination
 
 
+_PARSING = threading.Lock()  # numpy reads a header by `ast`, which Python 3.11 cannot do in two threads at once
+
+
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        with path.open("rb") as file, np.load(file) as stored:
+        with _PARSING, path.open("rb") as file, np.load(file) as stored:
             return dict(stored)
     except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         raise InputError(

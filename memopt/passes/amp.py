@@ -50,7 +50,7 @@ class AMP(Pass):
     def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
         dtype, float32_output = DTYPES[self.dtype], self.float32_output
 
-        def forward(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def forward(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
             device = next(module.parameters()).device.type
             with torch.autocast(device, dtype=dtype):
                 output = inner(*args, **kwargs)
@@ -70,7 +70,7 @@ class AMP(Pass):
 
         for module in edit.model.modules():
             if rewritten := legacy.rewrite(type(module).forward, in_autocast):
-                edit.wrap(module, "forward", lambda m, _, *args, f=rewritten, **kwargs: f(m, *args, **kwargs))
+                edit.wrap(module, "forward", legacy.instead(rewritten))
                 edit.note(f"{type(module).__name__}: its own checkpoint function now recomputes in {self.dtype} too")
         edit.wrap(edit.model, "forward", forward)
         if self.dtype == "fp16":

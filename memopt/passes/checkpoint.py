@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memopt import legacy
 from memopt.core import Claim, Context, Edit, Pass
+from memopt.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,10 @@ class Checkpoint(Pass):
 
     blocks: str = "auto"
     """Which modules: "auto", or a glob over the names of ``named_modules()`` such as "layers.*"."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.blocks, str):
+            raise InputError(f"checkpoint: blocks must be 'auto' or one glob, not {self.blocks!r}")
 
     def wanted(self) -> str:
         return self.needs if self.blocks == "auto" else f"modules whose name matches {self.blocks!r}"
@@ -69,7 +74,7 @@ class Checkpoint(Pass):
                     flags += 1
             # Unwrapped: what another pass made of the legacy call does not matter when there is none.
             if inside and (plain := legacy.rewrite(inspect.unwrap(type(module).forward), lambda _: _plain_call)):
-                edit.wrap(module, "forward", _instead(plain))
+                edit.wrap(module, "forward", legacy.instead(plain))
                 calls += 1
         if flags or calls:
             edit.note(f"replaced the model's own checkpointing: {flags} flags turned off, {calls} forwards rewritten")
@@ -113,18 +118,24 @@ def _composite(module: nn.Module) -> bool:
 def _match(model: nn.Module, pattern: str) -> list[str]:
     """Modules that match the glob, outermost ones only."""
     found: list[str] = []
-    for name, _ in model.named_modules():
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # never called itself
+            continue
         if name and fnmatch.fnmatchcase(name, pattern) and not any(name.startswith(f"{f}.") for f in found):
             found.append(name)
     return found
 
 
 _MUTATED = "_memopt_checkpoint_mutated"
-"""In the namespace of a block's own dynamic class, after its first call: which inputs (by position in the flattened
-arguments) the block changes in place."""
+"""In the namespace of a block's own dynamic class: which inputs (by position in the flattened arguments) the block
+changes in place, for each way of calling it that was seen."""
+
+SMALL_BUFFER = 1 << 20
+"""Buffers of up to this many bytes are kept for recomputation even if nothing shows that forward changed them: batch
+norm's kernels update statistics without telling autograd."""
 
 
-def _forward(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _forward(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return inner(*args, **kwargs)
     leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda x: not isinstance(x, (tuple, list, dict)))
@@ -136,10 +147,16 @@ def _forward(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs:
 
         return checkpoint(plain, *leaves, use_reentrant=False)
     run = _Run(module, inner, (args, kwargs), spec)
-    mutated = vars(type(module)).get(_MUTATED)
-    if mutated is None:
-        return run.watched(leaves)
-    run.mutated = mutated
+    seen = vars(type(module)).get(_MUTATED)
+    if seen is None:
+        seen = {}
+        setattr(type(module), _MUTATED, seen)
+    way = (module.training, *kwargs, *(isinstance(leaf, Tensor) for leaf in leaves))
+    if way not in seen:
+        output = run.watched(leaves)
+        seen[way] = run.mutated
+        return output
+    run.mutated = seen[way]
     return checkpoint(run, *run.copied(leaves), use_reentrant=False)
 
 
@@ -154,7 +171,8 @@ class _Run:
         self.module, self.inner, self.spec = module, inner, spec
         self.arguments: Any = arguments  # until the forward is done
         self.mutated: frozenset[int] = frozenset()
-        self.buffers: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []  # parameters and buffers of the forward
+        self.modes: list[tuple[nn.Module, bool]] = []
         self.generators: list[tuple[torch.Generator, Tensor]] = []
 
     def __call__(self, *leaves: Any) -> Any:
@@ -166,38 +184,47 @@ class _Run:
 
     def forward(self) -> Any:
         self.generators = [(g, g.get_state()) for g in _generators(self.module)]
+        self.modes = [(m, m.training) for m in self.module.modules()]
+        # The parameters themselves: functional_call may have put others in place by the time of the recomputation.
+        self.replaced = [(m._parameters, dict(m._parameters)) for m, _ in self.modes if m._parameters]
         before = [
-            (m._buffers, {n: (b, b._version, b.detach().clone()) for n, b in m._buffers.items() if b is not None})
-            for m in self.module.modules()
+            (m._buffers, {n: (b, _version(b), b.detach().clone()) for n, b in m._buffers.items() if b is not None})
+            for m, _ in self.modes
             if m._buffers
         ]
         args, kwargs = self.arguments
         output = self.inner(*args, **kwargs)
         for buffers, old in before:
-            # One changed buffer vouches for its module: BatchNorm bumps the version of its counter only.
-            if any(buffers[name] is not b or b._version != version for name, (b, version, _) in old.items()):
-                self.buffers.append((buffers, {name: value for name, (_, _, value) in old.items()}))
+            changed = any(buffers[name] is not b or _version(b) != version for name, (b, version, _) in old.items())
+            kept = {n: value for n, (_, _, value) in old.items() if changed or value.nbytes <= SMALL_BUFFER}
+            self.replaced.append((buffers, kept))
         self.arguments = None
         return output
 
     def recompute(self, leaves: Sequence[Any]) -> Any:
         args, kwargs = tree_unflatten(self.copied(leaves), self.spec)
         states = [(g, g.get_state()) for g, _ in self.generators]
-        current = [(buffers, dict(buffers)) for buffers, _ in self.buffers]
+        current = [(held, {name: held[name] for name in old}) for held, old in self.replaced]
+        modes = [(m, m.training) for m, _ in self.modes]
         try:
             for generator, state in self.generators:
                 generator.set_state(state)
-            for buffers, old in self.buffers:
-                buffers.update({name: value.clone() for name, value in old.items()})
+            for held, old in self.replaced:
+                # Buffers as copies: the recomputation changes them once more. Parameters as they are.
+                held.update({n: v if isinstance(v, nn.Parameter) or v is None else _scratch(v) for n, v in old.items()})
+            for module, mode in self.modes:
+                module.training = mode
             return self.inner(*args, **kwargs)
         finally:  # also when torch stops the recomputation early, by an exception
             for generator, state in states:
                 generator.set_state(state)
-            for buffers, now in current:
-                buffers.update(now)
+            for held, now in current:
+                held.update(now)
+            for module, mode in modes:
+                module.training = mode
 
     def watched(self, leaves: list[Any]) -> Any:
-        """The first call of a block: learn whether it changes its inputs in place."""
+        """The first call of a block in one way: learn whether it changes its inputs in place."""
         tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not leaf.is_inference()}
         copies = {i: t.clone() for i, t in tensors.items()}
         before = {i: t._version for i, t in tensors.items()}
@@ -214,6 +241,12 @@ class _Run:
                 return self.recompute(kept)
             output = self.forward()
             self.mutated = frozenset(i for i, t in tensors.items() if t._version != before[i])
+            places = [tensors[i].untyped_storage().data_ptr() for i in self.mutated]
+            if len(set(places)) < len(places):  # separate copies would not change together
+                raise RuntimeError(
+                    f"checkpoint: a {type(self.module).__name__} changes an input in place that shares memory with "
+                    "another of its inputs. Leave this block out with Checkpoint(blocks=...)."
+                )
             for i in self.mutated:
                 kept[i] = copies[i]
             after.update({i: kept[i]._version for i in tensors})
@@ -223,10 +256,17 @@ class _Run:
 
         # The tensors stay hidden in `kept`: those handed to torch could not be exchanged for copies any more. Empty
         # ones tell torch which devices' random state to restore.
-        empty = {t.device: t.new_empty(0) for t in tensors.values()}
-        output = checkpoint(run, *empty.values(), use_reentrant=False)
-        setattr(type(self.module), _MUTATED, self.mutated)
-        return output
+        devices = {t.device for t in tensors.values()}
+        return checkpoint(run, *[torch.empty(0, device=device) for device in devices], use_reentrant=False)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _scratch(value: Tensor) -> Tensor:
+    """A buffer to recompute with; a tensor with history (a parameter that functional_call put in place) as it is."""
+    return value if value.requires_grad else value.clone()
 
 
 def _copy_cache(leaf: Any) -> Any:
@@ -251,10 +291,6 @@ def _copy_cache(leaf: Any) -> Any:
 def _generators(module: nn.Module) -> Iterator[torch.Generator]:
     found = {id(v): v for m in module.modules() for v in vars(m).values() if isinstance(v, torch.Generator)}
     return iter(found.values())
-
-
-def _instead(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda module, inner, *args, **kwargs: forward(module, *args, **kwargs)
 
 
 def _plain_call(func: Callable[..., Any], inputs: Sequence[Any], params: Any, flag: bool) -> Any:

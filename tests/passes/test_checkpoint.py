@@ -197,6 +197,113 @@ def test_an_input_changed_after_the_block_ran_is_an_error_not_a_wrong_gradient()
         model.blocks[0](x).sum().backward()  # usable, and it has now learned
 
 
+def test_an_input_that_shares_memory_with_another_is_refused():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(16, 16)
+
+        def forward(self, x, y):
+            x.mul_(2)
+            return self.a(y)
+
+    class Twice(Net):
+        def forward(self, x):
+            x = x * 1
+            return self.blocks[0](x, x)
+
+    model = Twice(Both())
+    memopt.apply(model, [Checkpoint()])
+    with pytest.raises(RuntimeError, match="changes an input in place that shares memory with another of its inputs"):
+        model(torch.randn(4, 16))
+
+
+class Drops(nn.Module):
+    """Changes its input in train mode only; its keywords are names that a wrapper might use itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.d, self.a = nn.Dropout(0.5, inplace=True), nn.Linear(16, 16)
+
+    def forward(self, x, inner=None, module=None):
+        return self.a(self.d(x))
+
+
+class Named(Net):
+    def forward(self, x):
+        return self.blocks[0](x * 1, inner=1, module=2)
+
+
+def test_what_is_learned_holds_for_one_way_of_calling():
+    model, x = Named(Drops()), torch.randn(4, 16)
+
+    def grads():
+        model.zero_grad()
+        torch.manual_seed(2)
+        model(x).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = {mode: model.train(mode) and grads() for mode in (False, True)}
+    memopt.apply(model, [Checkpoint()])
+    for mode in (False, True, False, True):
+        model.train(mode)
+        assert all(map(torch.equal, plain[mode], grads()))
+
+
+def test_the_mode_of_the_forward_holds_in_recomputation():
+    model, x = Named(Drops()), torch.randn(4, 16)
+
+    def grads():
+        model.train().zero_grad()
+        torch.manual_seed(2)
+        loss = model(x).square().sum()
+        model.eval()  # as a loop does that samples before it calls backward
+        loss.backward()
+        assert not any(m.training for m in model.modules())
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = grads()
+    memopt.apply(model, [Checkpoint()])
+    for _ in range(2):
+        assert all(map(torch.equal, plain, grads()))
+
+
+def test_functional_call():
+    model, x = Net(), torch.randn(4, 16)
+    other = {name: (p.detach() * 1.5).requires_grad_() for name, p in model.named_parameters()}
+
+    def grads():
+        out = torch.func.functional_call(model, other, (x,)).square().sum()
+        return torch.autograd.grad(out, list(other.values()))
+
+    plain = grads()
+    memopt.apply(model, [Checkpoint()])
+    for _ in range(2):
+        assert all(map(torch.equal, plain, grads()))
+
+
+def test_statistics_that_change_without_a_version():
+    class Stats(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(16, 16)
+            self.register_buffer("mean", torch.zeros(16))
+            self.register_buffer("var", torch.ones(16))
+
+        def forward(self, x):
+            return nn.functional.batch_norm(self.a(x), self.mean, self.var, training=True)
+
+    def buffers(passes):
+        torch.manual_seed(0)
+        model = Net(Stats())
+        memopt.apply(model, passes)
+        for _ in range(2):
+            model(torch.randn(4, 16)).square().sum().backward()
+        return list(model.buffers())
+
+    assert all(map(torch.equal, buffers([]), buffers([Checkpoint()])))
+
+
 def test_double_backward():
     model, x = Net(), torch.randn(3, 16, requires_grad=True)
 
@@ -326,6 +433,13 @@ def test_globs_take_the_outermost_matches():
     handle.undo()
     handle = memopt.apply(model, [Checkpoint(blocks="blocks.[02]")])
     assert [c.path for c in handle.report().rows[0].claims] == ["blocks.0", "blocks.2"]
+
+
+def test_a_list_of_blocks_is_not_a_block():
+    with pytest.raises(memopt.NothingToDo, match="modules whose name matches 'blocks'"):
+        memopt.apply(Net(), [Checkpoint(blocks="blocks")])
+    with pytest.raises(memopt.InputError, match="blocks must be 'auto' or one glob, not"):
+        Checkpoint(blocks=["blocks.0"])
 
 
 def test_compiles_without_graph_breaks():
