@@ -196,7 +196,8 @@ class Edit:
             if any(name in held for held in registered) or isinstance(value, (nn.Module, nn.Parameter)):
                 raise MemoptError(
                     f"{self._entry.pass_.name}: Edit.set is for plain attributes; {name!r} of a "
-                    f"{type(target).__name__} is a parameter, buffer or submodule. Change what forward does with Edit.wrap."
+                    f"{type(target).__name__} is a parameter, buffer or submodule. Change what forward does, by "
+                    "Edit.wrap."
                 )
         had, old = name in vars(target), vars(target).get(name)
         setattr(target, name, value)
