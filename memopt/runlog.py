@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from memopt.checkpoints import write_text
+
 if TYPE_CHECKING:
     from memopt.training import Trainer
 
@@ -80,9 +82,7 @@ class RunLog:
                 self.losses.append(loss)
         if len(kept) < step:
             self.warn(f"{path} is damaged: {step - len(kept)} of the first {step} steps are missing from it")
-        partial = path.with_name(".partial-metrics.jsonl")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(path)
+        write_text(path, "".join(f"{line}\n" for line in kept))
         self._metrics = path.open("a")
 
     def start(self, trainer: Trainer) -> None:
@@ -93,11 +93,10 @@ class RunLog:
 
         self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=trainer.step + 1)
         parameters = sum(p.numel() for p in trainer.model.parameters())
-        size = len(trainer.dataset)  # type: ignore[arg-type]
         processes = f", {trainer.world} processes" if trainer.world > 1 else ""
         self.say(
             f"{trainer.recipe.name}: {parameters:,} parameters on {trainer.accelerator.device}{processes}, "
-            f"{size:,} samples, batch {trainer.config.batch_size}, step {trainer.step} of {self.steps}; "
+            f"{trainer.size:,} samples, batch {trainer.config.batch_size}, step {trainer.step} of {self.steps}; "
             f"run folder {self.out}"
         )
         if trainer.handle.passes:

@@ -96,9 +96,9 @@ class Trainer:
         if config.batch_size % self.world:
             raise InputError(f"batch size {config.batch_size} cannot be shared evenly by {self.world} processes")
         self.dataset: Dataset[Any] = recipe.dataset(config, data, cache)
-        size = len(self.dataset)  # type: ignore[arg-type]
-        if config.batch_size > size:
-            raise InputError(f"batch size {config.batch_size} is larger than the data set of {size} samples")
+        self.size = len(self.dataset)  # type: ignore[arg-type]
+        if config.batch_size > self.size:
+            raise InputError(f"batch size {config.batch_size} is larger than the data set of {self.size} samples")
 
         set_seed(seed_for(config.seed, "model"))
         self.model: nn.Module = recipe.model(config).to(self.accelerator.device)
@@ -121,11 +121,10 @@ class Trainer:
     def loader(self, steps: range) -> DataLoader[Any]:
         """The batches of these steps for this process."""
         config = self.config
-        size = len(self.dataset)  # type: ignore[arg-type]
         workers = min(config.num_workers, os.cpu_count() or 1)
         return DataLoader(
             self.dataset,
-            batch_sampler=Batches(size, config.batch_size, config.seed, steps, self.rank, self.world),
+            batch_sampler=Batches(self.size, config.batch_size, config.seed, steps, self.rank, self.world),
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             persistent_workers=workers > 0,
@@ -329,9 +328,10 @@ def _same_data(trainer: Trainer, out: Path) -> None:
         before = json.loads((out / "config.json").read_text())["samples"]
     except (OSError, ValueError, KeyError, TypeError):
         return
-    now = len(trainer.dataset)  # type: ignore[arg-type]
-    if before != now:
-        raise InputError(f"{out} was trained on {before} samples, but there are {now} now: give the --data of that run")
+    if before != trainer.size:
+        raise InputError(
+            f"{out} was trained on {before} samples, but there are {trainer.size} now: give the --data of that run"
+        )
 
 
 def _run(trainer: Trainer, out: Path, resume: bool, data: Path | None) -> Result:
@@ -422,7 +422,7 @@ def _describe(trainer: Trainer, data: Path | None) -> dict[str, Any]:
 
     return {
         "data": None if data is None else str(data.resolve()),
-        "samples": len(trainer.dataset),  # type: ignore[arg-type]
+        "samples": trainer.size,
         "recipe": trainer.recipe.name,
         "config": dataclasses.asdict(trainer.config),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
