@@ -1,8 +1,11 @@
 """memopt makes models fit: composable memory passes for any PyTorch model, applied in place and reversible."""
 
+from memopt import memory as memory
 from memopt import passes as passes
-from memopt.core import Claim, Context, Edit, Handle, Pass, Report, apply, available_passes
+from memopt.core import Claim, Context, Edit, Handle, Pass, apply, available_passes
 from memopt.errors import AlreadyApplied, InputError, MemoptError, NothingToDo, PassConflict, UnknownPass
+from memopt.memory import MemoryReport, profile
+from memopt.reports import Report
 
 __version__ = "0.1.0"
 
@@ -14,6 +17,7 @@ __all__ = [
     "Handle",
     "InputError",
     "MemoptError",
+    "MemoryReport",
     "NothingToDo",
     "Pass",
     "PassConflict",
@@ -22,5 +26,7 @@ __all__ = [
     "__version__",
     "apply",
     "available_passes",
+    "memory",
     "passes",
+    "profile",
 ]

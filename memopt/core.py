@@ -25,7 +25,7 @@ import difflib
 import functools
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, ClassVar, Literal, cast
@@ -35,6 +35,7 @@ from torch import nn
 
 from memopt.config import build
 from memopt.errors import AlreadyApplied, InputError, MemoptError, NothingToDo, PassConflict, UnknownPass
+from memopt.reports import Report, ReportRow
 
 Stage = Literal["rewrite", "hook", "wrap"]
 Aspect = Literal["graph", "weights", "activations", "forward", "optimizer", "loop"]
@@ -323,45 +324,6 @@ def _describe(model: nn.Module) -> str:
     return f"{type(model).__name__} has {shown or 'no submodules'}"
 
 
-@dataclass(frozen=True)
-class ReportRow:
-    """One pass of a report."""
-
-    name: str
-    exact: bool
-    config: str
-    claims: tuple[Claim, ...]
-    notes: tuple[str, ...]
-    counts: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What each pass found and did. ``print(report)`` shows it; ``rows`` holds it."""
-
-    rows: tuple[ReportRow, ...]
-
-    def __str__(self) -> str:
-        if not self.rows:
-            return "no passes applied"
-        lines = []
-        for row in self.rows:
-            lines.append(f"{row.config}  [{'exact' if row.exact else 'not exact'}]")
-            for aspect, paths in _by_aspect(row.claims).items():
-                shown = ", ".join(paths[:4]) + (f", ... ({len(paths)} in all)" if len(paths) > 4 else "")
-                lines.append(f"  {aspect}: {shown}")
-            lines.extend(f"  {note}" for note in row.notes)
-            lines.extend(f"  {what}: {count}" for what, count in row.counts.items())
-        return "\n".join(lines)
-
-
-def _by_aspect(claims: Iterable[Claim]) -> dict[str, list[str]]:
-    grouped: dict[str, list[str]] = {}
-    for claim in claims:
-        grouped.setdefault(claim.aspect, []).append(claim.path or "the whole model")
-    return grouped
-
-
 class Handle:
     """What ``apply`` returns: report on its passes, take them off, tell them what the loop does. A context manager."""
 
@@ -427,6 +389,38 @@ class Handle:
 
     def __exit__(self, *exc: object) -> None:
         self.undo()
+
+
+@dataclass(frozen=True)
+class Active:
+    """What is applied to a model."""
+
+    passes: tuple[Pass, ...]
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    """Those that the passes were given, each once."""
+
+
+def active_passes(model: nn.Module) -> Active:
+    """What is applied to a model at the moment, in the order it was asked for."""
+    session: _Session | None = model.__dict__.get(_SESSION)
+    entries = session.entries if session is not None else []
+    optimizers = {id(o): o for entry in entries for o in entry.optimizers}
+    return Active(tuple(entry.pass_ for entry in entries), tuple(optimizers.values()))
+
+
+@contextlib.contextmanager
+def without_passes(model: nn.Module) -> Iterator[Active]:
+    """The model as it is without its passes, which are applied again afterwards."""
+    active = active_passes(model)
+    session = _Session.find(model)
+    entries = session.entries
+    if entries:
+        session.become([])
+    try:
+        yield active
+    finally:
+        if entries:
+            session.become(entries)
 
 
 def available_passes() -> dict[str, type[Pass]]:

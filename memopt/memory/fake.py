@@ -1,0 +1,110 @@
+"""A model without its data: copies on fake tensors, which know shapes, types and storages, and nothing else.
+
+``copy_of`` deep-copies any objects (a model, its optimizer, its inputs) in one go, so that what they share stays
+shared; every tensor becomes a fake one on the CPU, whatever device it was on. Tensors that share a storage share a
+fake one.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_LAYER_NORM = torch.ops.aten.native_layer_norm.default
+_GROUP_NORM = torch.ops.aten.native_group_norm.default
+_ITEM = torch.ops.aten._local_scalar_dense.default
+
+
+def new_mode() -> FakeTensorMode:
+    """A fake mode in which real constants (a table in a closure, say) become fake as they are used."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def mode_of(model: nn.Module) -> FakeTensorMode | None:
+    """The fake mode that a model was built in, or None."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if isinstance(tensor, FakeTensor):
+            return tensor.fake_mode
+    return None
+
+
+class _Copy(TorchFunctionMode):
+    """While active, ``copy.deepcopy`` and ``clone`` of a tensor give a fake one."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.mode = mode
+        self.storages: dict[int, torch.UntypedStorage] = {}
+        self.alive: list[Any] = []  # so that no address is used twice
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__:
+            tensor, memo = args
+            made = memo[id(tensor)] = self.fake(tensor)
+            return made
+        if func is Tensor.clone:  # as nn.Parameter's __deepcopy__ does with its data
+            return self.fake(args[0])
+        return func(*args, **(kwargs or {}))
+
+    def fake(self, tensor: Tensor) -> Tensor:
+        """A fake tensor of the same shape, strides and type, over the fake twin of its storage."""
+        with torch._C.DisableTorchFunctionSubclass():
+            made = self._fake(tensor.detach()).requires_grad_(tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter) and not isinstance(made, nn.Parameter):
+            made = nn.Parameter(made, tensor.requires_grad)
+        return made
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        plain = isinstance(tensor, FakeTensor) or type(tensor) in (Tensor, nn.Parameter)
+        if not plain or tensor.layout is not torch.strided:
+            return self.mode.from_tensor(tensor, static_shapes=True)
+        storage = tensor.untyped_storage()
+        self.alive.append(storage)
+        with self.mode:
+            twin = self.storages.get(storage._cdata)
+            if twin is None:
+                twin = torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
+                self.storages[storage._cdata] = twin
+            made = torch.empty(0, dtype=tensor.dtype)
+            made.set_(twin, tensor.storage_offset(), tensor.size(), tensor.stride())
+            return made
+
+
+def copy_of(value: Any, mode: FakeTensorMode, model: nn.Module) -> Any:
+    """A deep copy on fake tensors of ``mode``; gradients are not copied. ``model`` is the one inside ``value``."""
+    generators = {id(g): g for m in model.modules() for g in vars(m).values() if isinstance(g, torch.Generator)}
+    with _Copy(mode):
+        # A generator is copied through a tensor with its state, which must not be fake.
+        return copy.deepcopy(value, {key: g.clone_state() for key, g in generators.items()})
+
+
+class Corrected(TorchDispatchMode):
+    """Where the shapes or types that torch predicts for a kernel's results differ from what the kernel makes.
+
+    Norms of low-precision inputs with float32 weights keep their statistics in float32.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (_LAYER_NORM, _GROUP_NORM):
+            out, mean, rstd = result
+            weight = args[2] if func is _LAYER_NORM else args[1]
+            if weight is not None and weight.dtype is torch.float32 and mean.dtype is not torch.float32:
+                return out, mean.float(), rstd.float()
+        return result
+
+
+class Scalars(TorchDispatchMode):
+    """Answers 1 wherever a value is asked for: optimizers read step counts, which no allocation depends on."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ITEM:
+            dtype = args[0].dtype
+            return dtype == torch.bool or (1.0 if dtype.is_floating_point else 1)
+        return func(*args, **(kwargs or {}))

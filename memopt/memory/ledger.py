@@ -1,0 +1,291 @@
+"""The account of live storages: every allocation that a tensor operation makes, until it dies.
+
+A :class:`Ledger` is a dispatch mode. After each operation it looks at the storages of the results, and before it at
+those of the arguments: what it has not seen before was there already. A storage is one allocation however many tensors
+view it; a weak reference to it tells when it is freed, by Python or by C++. ``UntypedStorage.resize_`` is patched while
+a ledger is active, because emptying a storage (as FSDP does) is no operation. The ledger holds nothing alive and works
+on real tensors of any device and on fake ones.
+
+An active dispatch mode changes one thing in torch: the autograd engine adds up the gradients that reach a tensor
+over several paths in place where nobody else holds them, and out of place under a mode. The ledger recognises
+these additions and counts them as they are without it: the sum takes the place of the first summand.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+_ADD = torch.ops.aten.add.Tensor
+_LIFT = torch.ops.aten.lift_fresh.default
+_ACTIVE: list[Ledger] = []
+_resize = torch.UntypedStorage.resize_
+
+
+class Record:
+    """One storage: how large it is, where it is, and where it comes from."""
+
+    __slots__ = ("bytes", "dtype", "key", "module", "op", "phase", "ref", "shape", "size", "tier", "trace")
+
+    def __init__(self, key: int, tensor: Tensor, tier: str, op: str) -> None:
+        self.key = key
+        self.shape, self.dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        self.tier = tier
+        self.op = op
+        """The operation that made it; empty if it was there before."""
+        self.size = 0
+        """Bytes of the storage."""
+        self.bytes = 0
+        """Bytes it counts for: rounded as the ledger rounds."""
+        self.module = ""
+        self.phase = "start"
+        self.ref: weakref.ref[torch.UntypedStorage]
+        self.trace: Any = None
+        """What a subclass of the ledger keeps about it."""
+
+
+class _Ref(weakref.ref):  # type: ignore[type-arg]
+    __slots__ = ("record",)
+    record: Record
+
+
+class Ledger(TorchDispatchMode):
+    """Counts live bytes while it is active: ``total`` on the device, ``off_device`` by tier.
+
+    Args:
+        rounding: count each storage as a multiple of so many bytes; the CUDA allocator's is 512.
+        device: the type of the device to account for. Storages on another one count for the tier of that name.
+    """
+
+    def __init__(self, *, rounding: int = 1, device: str = "cpu") -> None:
+        super().__init__()
+        self.rounding, self.device = rounding, device
+        self.live: dict[int, Record] = {}
+        self.total = 0
+        self.peak = 0
+        self.off_device: dict[str, int] = {}
+        self.quiet = False
+        """True while operations of our own run, which are not the program's."""
+        self.ops = 0
+        """Operations so far."""
+        self.func: Any = None
+        """The operation that runs."""
+
+    def see(self, tensor: Tensor, op: str = "") -> Record | None:
+        """The record of a tensor's (first) storage, counted from now on if it was not; None without a storage."""
+        first = None
+        for part in _plain(tensor):
+            record = self._see(part, op)
+            first = first or record
+        return first
+
+    def _see(self, tensor: Tensor, op: str) -> Record | None:
+        try:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+        except (NotImplementedError, RuntimeError):  # sparse, nested, functorch's wrappers
+            return None
+        record = self.live.get(key)
+        if record is None:
+            kind = tensor.device.type
+            if kind == "meta":
+                return None
+            record = Record(key, tensor, "device" if kind == self.device else kind, op)
+            self._watch(record, storage, key)
+            self.born(record)
+        size = storage.nbytes()
+        if size != record.size:
+            self._resize(record, size)
+        return record
+
+    def _watch(self, record: Record, storage: torch.UntypedStorage, key: int) -> None:
+        ref = _Ref(storage, self._died)
+        ref.record = record
+        record.ref, record.key = ref, key
+        self.live[key] = record
+
+    def _died(self, ref: Any) -> None:
+        record: Record = ref.record
+        if record.ref is ref:  # otherwise another storage has taken its place
+            del self.live[record.key]
+            self._resize(record, 0)
+
+    def _resize(self, record: Record, size: int) -> None:
+        record.size = size
+        rounded = -(-size // self.rounding) * self.rounding
+        change, record.bytes = rounded - record.bytes, rounded
+        if record.tier == "device":
+            self.total += change
+            self.peak = max(self.peak, self.total)
+        else:
+            self.off_device[record.tier] = self.off_device.get(record.tier, 0) + change
+        self.changed(record, change)
+
+    def place(self, tensor: Tensor, tier: str) -> None:
+        """Account for a tensor's storage under a tier: ``device``, ``cpu``, ``disk``."""
+        record = self.see(tensor)
+        if record is not None and record.tier != tier:
+            size = record.size
+            self._resize(record, 0)
+            record.tier = tier
+            self._resize(record, size)
+
+    def born(self, record: Record) -> None:
+        """For subclasses: a storage was seen for the first time; its bytes come with ``changed``."""
+
+    def changed(self, record: Record, change: int) -> None:
+        """For subclasses: a storage now counts ``change`` bytes more (or less)."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.quiet or func.namespace == "prim":  # prim.device and its like make no tensors
+            return func(*args, **kwargs)
+        self.ops += 1
+        self.func = func
+        self.begin(func)
+        if func is not _LIFT:  # whose argument is the literal as Python built it, and whose result counts
+            for tensor in _tensors((args, kwargs)):
+                self.use(tensor)
+        place = self._taken_over(args, func)
+        result = func(*args, **kwargs)
+        if place is not None:
+            storage = result.untyped_storage()
+            self.live.pop(place.key, None)
+            self._watch(place, storage, storage._cdata)
+        self.end(func, result)
+        return result
+
+    def begin(self, func: Any) -> None:
+        """For subclasses: an operation begins."""
+
+    def use(self, tensor: Tensor) -> None:
+        """An operation takes a tensor."""
+        self.see(tensor)
+
+    def end(self, func: Any, result: Any) -> None:
+        """An operation has returned; count its results."""
+        for tensor in _tensors(result):
+            self.see(tensor, str(func._schema.name).replace("::", "."))
+
+    def _taken_over(self, args: Any, func: Any) -> Record | None:
+        """The record that the sum keeps, if this is an addition that the engine does in place without a mode."""
+        if func is not _ADD or torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+            return None
+        old, new = args[:2]
+        if not (isinstance(old, Tensor) and isinstance(new, Tensor)) or old.shape != new.shape:
+            return None
+        # As can_accumulate_inplace in torch/csrc/autograd/input_buffer.cpp: a dense tensor that only the engine holds.
+        if old.dtype != new.dtype or not torch.ops.aten.is_non_overlapping_and_dense(old):
+            return None
+        if _holders(old) != sole_holders():
+            return None
+        return self.live.get(old.untyped_storage()._cdata)
+
+    def __enter__(self) -> Any:
+        sole_holders()
+        if not _ACTIVE:
+            torch.UntypedStorage.resize_ = _resize_and_tell  # type: ignore[method-assign,assignment]
+        _ACTIVE.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *exc: Any) -> Any:
+        _ACTIVE.remove(self)
+        if not _ACTIVE:
+            torch.UntypedStorage.resize_ = _resize  # type: ignore[method-assign]
+        return super().__exit__(*exc)
+
+
+def active() -> tuple[Ledger, ...]:
+    """The ledgers that count at the moment, innermost last."""
+    return tuple(_ACTIVE)
+
+
+def moved(tensor: Tensor, tier: str) -> None:
+    """Tell all active ledgers that a tensor's bytes are not on the device but on a tier of this name.
+
+    For passes that simulate moves on one device, or move to files.
+    """
+    for ledger in _ACTIVE:
+        ledger.place(tensor, tier)
+
+
+@functools.wraps(_resize)
+def _resize_and_tell(storage: torch.UntypedStorage, size: int) -> Any:
+    result = _resize(storage, size)
+    for ledger in _ACTIVE:
+        record = ledger.live.get(storage._cdata)
+        if record is not None:
+            ledger._resize(record, storage.nbytes())
+    return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments or results of an operation."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            if isinstance(item, Tensor):
+                yield item
+            elif isinstance(item, (list, tuple, dict)):
+                yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def _plain(tensor: Tensor) -> Iterable[Tensor]:
+    """The tensors that hold a tensor's data: itself, or the inner ones of a wrapper subclass or a sparse layout."""
+    if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return [inner for name in names for inner in _plain(getattr(tensor, name))]
+    if tensor.layout is torch.sparse_coo:
+        return (tensor._indices(), tensor._values())
+    return (tensor,)
+
+
+def _holders(tensor: Tensor) -> tuple[int, int]:
+    """References to a tensor and to its storage, Python's and C++'s together."""
+    storage = tensor.untyped_storage()._cdata
+    return tensor._use_count(), torch._C._storage_Use_Count(storage)  # type: ignore[attr-defined]
+
+
+class _Counting(TorchDispatchMode):
+    """Sees how many holders the engine's own sum of gradients has, in a graph where it is alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: tuple[int, int] | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ADD and torch._C._current_graph_task_id() != -1:
+            self.seen = self._count(args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, args: Any) -> tuple[int, int]:
+        # As deep and with as many names as in Ledger._taken_over: Python's references count too.
+        old, _ = args[:2]
+        return _holders(old)
+
+
+_LOCK = threading.Lock()
+_SOLE: list[tuple[int, int] | None] = []
+
+
+def sole_holders() -> tuple[int, int] | None:
+    """What ``_holders`` says inside a mode of a tensor that only the engine holds; differs between torch versions."""
+    with _LOCK:
+        if not _SOLE:
+            from torch.utils._python_dispatch import _disable_current_modes
+
+            with _disable_current_modes(), torch.enable_grad(), _Counting() as counting:
+                x = torch.zeros(2, requires_grad=True) * 1
+                torch.autograd.grad((x.sin() + x.cos()).sum(), x)
+            _SOLE.append(counting.seen)
+        return _SOLE[0]

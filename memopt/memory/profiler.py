@@ -1,0 +1,374 @@
+"""``memopt.profile``: run one step of a model, watched by the tracker, and say where the bytes went.
+
+By default the step runs on a copy of fake tensors, which costs no memory and leaves no trace in the model. What runs is
+the second step of a loop: the first, unwatched, creates optimizer states and lets passes learn, as in training.
+``real=True`` runs both on the model itself and puts weights, buffers, gradients, optimizer states and random
+generators back afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memopt import core
+from memopt.errors import InputError, MemoptError
+from memopt.memory import cuda, fake
+from memopt.memory.report import MemoryReport
+from memopt.memory.restore import restored
+from memopt.memory.timeline import tell
+from memopt.memory.tracker import Tracker
+
+Loss = Callable[[Any], Tensor]
+
+
+@dataclass
+class Work:
+    """What is profiled: a model, and how one step of it goes. A profile copies it whole."""
+
+    model: nn.Module
+    batch: Any
+    """What ``forward`` gets: nested tensors and anything else."""
+    forward: Callable[[nn.Module, Any], Tensor | None]
+    """Calls the model on (a part of) the batch; returns the loss in training."""
+    optimizer: torch.optim.Optimizer | None = None
+    parts: Callable[[Any], Sequence[Any]] | None = None
+    """Cuts a batch into the microbatches of a step; None: it is one."""
+    after: Callable[[nn.Module], None] | None = None
+    """What the loop does after a step, such as to average the weights."""
+    extra: tuple[nn.Module, ...] = ()
+    """Further modules that live on the device, counted with the optimizer's states."""
+
+
+def profile(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    train: bool = True,
+    loss: Loss | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    device: str | None = None,
+    passes: Sequence[Any] = (),
+    real: bool = False,
+    rounding: int | None = None,
+    waits: int = 16,
+) -> MemoryReport:
+    """Where the bytes of one step go.
+
+    Args:
+        model: any module, on any device, with passes applied or not, also one on the meta device or built under
+            ``FakeTensorMode``. It is left as it is.
+        inputs: what it is called with: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a
+            tuple of both.
+        train: profile a training step (forward, backward, optimizer step); else a forward in eval mode without
+            gradients.
+        loss: makes a scalar of the model's output. Default: its ``loss`` if it has one, else the mean over all its
+            floating tensors.
+        optimizer: the optimizer of the model's parameters; its states count also before its first step. Default: the
+            one that active passes were given, else none: forward and backward only.
+        device: ``"cpu"`` or ``"cuda"``; default: where the model is. The fake profile of ``"cuda"`` needs no GPU: it
+            counts what CUDA's kernels keep; what it assumes is in the report.
+        passes: passes to profile the model with, besides those that are active on it.
+        real: run true steps on the model, on the device where it is, instead of fake ones.
+        rounding: count each storage as a multiple of so many bytes. Default: 512 for ``"cuda"``, as its
+            allocator does, else 1.
+        waits: a tensor is a skip connection if it waits so many calls of leaf modules for its next use.
+
+    Raises:
+        InputError: the model cannot be called with these inputs, or the loss is no scalar.
+        MemoptError: the model's code needs the values of tensors (``.item()``, data-dependent branches), which fake
+            tensors do not have; the message names the line. Use ``real=True``.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"profile needs a torch.nn.Module, not a {type(model).__name__}")
+    if loss is not None and not callable(loss):
+        raise InputError(f"loss must be a function of the model's output, not a {type(loss).__name__}")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(f"optimizer must be a torch.optim.Optimizer, not a {type(optimizer).__name__}")
+    call = arguments(model, inputs)
+    if optimizer is None and train:
+        optimizer = next(iter(core.active_passes(model).optimizers), None)
+
+    def forward(model: nn.Module, batch: Any) -> Tensor | None:
+        args, kwargs = batch
+        output = model(*args, **kwargs)
+        return (loss or default_loss)(output) if train else None
+
+    work = Work(model, call, forward, optimizer if train else None)
+    return profile_work(
+        work,
+        train=train,
+        device=device,
+        passes=passes,
+        real=real,
+        rounding=rounding,
+        waits=waits,
+        inputs=describe(call),
+    )
+
+
+def profile_work(
+    work: Work,
+    *,
+    train: bool,
+    inputs: str,
+    device: str | None = None,
+    passes: Sequence[Any] = (),
+    real: bool = False,
+    rounding: int | None = None,
+    waits: int = 16,
+) -> MemoryReport:
+    """As :func:`profile`, for a step that the caller describes; ``inputs`` is what the report says of it."""
+    began = time.perf_counter()
+    placed = {t.device.type for t in work.model.parameters()} or {"cpu"}
+    kind = device or ("cpu" if "meta" in placed else sorted(placed)[-1])
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"device {kind!r}: a profile speaks of 'cpu' or 'cuda'")
+    if real and {kind} != placed:
+        raise InputError(f"a real profile runs where the model is ({', '.join(sorted(placed))}), not on {kind!r}")
+    rounding = rounding or (512 if kind == "cuda" else 1)
+    run, tracker = (_on_the_model if real else _on_fakes)(work, train, kind, passes, rounding)
+    story = tell(tracker, run.work.model, waits=waits)
+    timeline = story.timeline
+    in_op = story.peak_op >= 0
+    phase = next((name for name, first, end in timeline.phases if first <= story.peak_op < end), "start")
+    column = {name: values[story.peak_point] for name, values in timeline.bytes.items()}
+    return MemoryReport(
+        model=type(work.model).__name__,
+        train=train,
+        device=kind,
+        real=real,
+        inputs=inputs,
+        passes=run.passes,
+        rounding=rounding,
+        peak=story.peak,
+        peak_point=story.peak_point,
+        peak_phase=phase if in_op else "start",
+        peak_op=tracker.names[story.peak_op] if in_op else "",
+        peak_module=tracker.paths[story.peak_op] if in_op else "",
+        peak_by_category=column,
+        start_by_category={name: values[0] for name, values in timeline.bytes.items()},
+        kept=story.kept,
+        off_device=story.off_device,
+        largest=story.largest,
+        modules=story.modules,
+        skips=story.skips,
+        timeline=timeline,
+        assumptions=run.assumptions,
+        seconds=time.perf_counter() - began,
+    )
+
+
+@dataclass
+class _Run:
+    """The steps of a profile: on a fake copy of the work or on the work itself."""
+
+    work: Work
+    train: bool
+    device: str
+    """Of the tensors that are counted."""
+    rounding: int
+    fake: bool
+    passes: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
+
+    def watch(self) -> Tracker:
+        """Run two steps, the second under a tracker."""
+        work = self.work
+        if work.model.training != self.train:
+            work.model.train(self.train)
+        with torch.set_grad_enabled(self.train):
+            self.step(None)
+            for tensor in (*work.model.parameters(), *_leaves(work.batch)):
+                tensor.grad = None
+            tracker = Tracker(work.model, rounding=self.rounding, device=self.device)
+            with tracker, contextlib.ExitStack() as stack:
+                tracker.own_model()
+                if work.optimizer is not None:
+                    tracker.own_states(work.optimizer)
+                for module in work.extra:
+                    tracker.own([*module.named_parameters(), *module.named_buffers()], "optimizer_states")
+                for tensor in _leaves(work.batch):
+                    tracker.see(tensor)
+                    if tensor.requires_grad:
+                        stack.callback(tracker.follow_gradient("", tensor))
+                self.step(tracker)
+        return tracker
+
+    def step(self, tracker: Tracker | None) -> None:
+        """One step as a training loop does it."""
+        work = self.work
+        phase = tracker.phase if tracker is not None else lambda name: contextlib.nullcontext()
+        for part in work.parts(work.batch) if work.parts is not None else [work.batch]:
+            with phase("forward"):
+                loss = self._forward(part)
+                if tracker is not None:
+                    tracker.end_forward(loss)
+            if loss is not None:
+                with phase("backward"), _explained(work.model, "its backward"):
+                    loss.backward()
+                    del loss
+        if self.train and (work.optimizer is not None or work.after is not None):
+            with phase("optimizer"), fake.Scalars() if self.fake else contextlib.nullcontext():
+                if work.optimizer is not None:
+                    work.optimizer.step()
+                    work.optimizer.zero_grad()
+                if work.after is not None:
+                    work.after(work.model)
+
+    def _forward(self, part: Any) -> Tensor | None:
+        with _explained(self.work.model, describe(part), wrong_input=True):
+            loss = self.work.forward(self.work.model, part)
+        if not self.train:
+            return None
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            what = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            lost = " that does not depend on any parameter" if isinstance(loss, Tensor) and loss.numel() == 1 else ""
+            raise InputError(
+                f"the loss must be one number that depends on the parameters; it is {what}{lost}. Give "
+                "loss=a function of the model's output, or train=False."
+            )
+        return loss
+
+
+def _on_fakes(work: Work, train: bool, kind: str, passes: Sequence[Any], rounding: int) -> tuple[_Run, Tracker]:
+    mode = fake.mode_of(work.model) or fake.new_mode()
+    with core.without_passes(work.model) as active:
+        given = {id(o): o for o in (work.optimizer, *active.optimizers) if o is not None}
+        twin, optimizers = fake.copy_of((work, tuple(given.values())), mode, work.model)
+    run = _Run(twin, train, "cpu", rounding, fake=True)
+    with mode, fake.Corrected(), contextlib.ExitStack() as stack:
+        if kind == "cuda":
+            run.assumptions = stack.enter_context(cuda.kernels(optimizers))
+        kept = core.apply(twin.model, active.passes, optimizer=optimizers or None, missing="skip")
+        added = core.apply(twin.model, list(passes), optimizer=optimizers or None)
+        run.passes = tuple(map(str, (*kept.passes, *added.passes)))
+        return run, run.watch()
+
+
+def _on_the_model(work: Work, train: bool, kind: str, passes: Sequence[Any], rounding: int) -> tuple[_Run, Tracker]:
+    run = _Run(work, train, kind, rounding, fake=False)
+    with restored(work.model, work.optimizer, work.extra, list(_leaves(work.batch))):
+        active = core.active_passes(work.model).passes
+        with core.apply(work.model, list(passes), optimizer=work.optimizer) as handle:
+            run.passes = tuple(map(str, (*active, *handle.passes)))
+            return run, run.watch()
+
+
+@contextlib.contextmanager
+def _explained(model: nn.Module, what: str, wrong_input: bool = False) -> Iterator[None]:
+    """Turn what a model raises on fake tensors, or on inputs it cannot take, into an error that says what to do."""
+    from torch._subclasses import fake_tensor
+
+    values = (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.UnsupportedFakeTensorException,
+        fake_tensor.UnsupportedOperatorException,
+    )
+    try:
+        yield
+    except values as error:
+        raise MemoptError(
+            f"{type(model).__name__} cannot be profiled on fake tensors: {_line_of(error)} needs the values of a "
+            f"tensor ({type(error).__name__}: {error}). Profile it on true tensors: real=True, or --real."
+        ) from error
+    except (MemoptError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not wrong_input:
+            raise
+        raise InputError(
+            f"{type(model).__name__} failed when it was called with {what}: {type(error).__name__}: {error} "
+            f"({_line_of(error)})"
+        ) from error
+
+
+def _line_of(error: BaseException) -> str:
+    """The line of the model's code that an error comes from: the innermost that is neither torch's nor ours."""
+    inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(inside)]
+    if not frames:
+        return "a line inside torch"
+    return f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line}"
+
+
+def default_loss(output: Any) -> Tensor:
+    """The output's own ``loss`` if it has one, else the mean over all floating tensors in it, added up.
+
+    Raises:
+        InputError: there is no floating tensor in the output.
+    """
+    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(own, Tensor) and own.numel() == 1:
+        return own
+    floating = [t for t in _leaves(output) if t.is_floating_point()]
+    if not floating:
+        raise InputError(
+            f"there is no floating tensor in the output, a {type(output).__name__}: give loss=, or train=False"
+        )
+    total = floating[0].mean()
+    for tensor in floating[1:]:
+        total = total + tensor.mean()
+    return total
+
+
+def arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from any of the forms of ``inputs``.
+
+    Raises:
+        InputError: the model's forward does not take them.
+    """
+    if isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
+        args, kwargs = inputs
+    elif isinstance(inputs, Mapping) and all(isinstance(key, str) for key in inputs):
+        args, kwargs = (), dict(inputs)
+    elif isinstance(inputs, (tuple, list)):
+        args, kwargs = tuple(inputs), {}
+    else:
+        args, kwargs = (inputs,), {}
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"{type(model).__name__}.forward{signature} cannot be called like this: {error}") from None
+    return args, kwargs
+
+
+def describe(inputs: Any) -> str:
+    """Inputs in a line: ``2x4x32x32 float32, timestep=2 int64``."""
+    if isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
+        inputs = {**dict(enumerate(inputs[0])), **inputs[1]}
+    if isinstance(inputs, Tensor):
+        return f"{'x'.join(map(str, inputs.shape)) or 'scalar'} {str(inputs.dtype).removeprefix('torch.')}"
+    if isinstance(inputs, Mapping):
+        parts = [(("" if isinstance(k, int) else f"{k}="), describe(v)) for k, v in inputs.items()]
+        return ", ".join(f"{name}({text})" if ", " in text else f"{name}{text}" for name, text in parts)
+    if isinstance(inputs, (tuple, list)):
+        return ", ".join(map(describe, inputs))
+    return str(inputs) if isinstance(inputs, (bool, int, float, str, type(None))) else type(inputs).__name__
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    """All tensors in nested containers and dataclasses."""
+    from torch.utils._pytree import tree_leaves
+
+    found: list[Tensor] = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):
+            found.extend(_leaves(dict(leaf)))
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found.extend(_leaves([getattr(leaf, field.name) for field in dataclasses.fields(leaf)]))
+    return found
