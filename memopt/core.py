@@ -35,7 +35,7 @@ from torch import nn
 
 from memopt.config import build
 from memopt.errors import AlreadyApplied, InputError, MemoptError, NothingToDo, PassConflict, UnknownPass
-from memopt.reports import Report, ReportRow
+from memopt.reports import Report, ReportRow, Saving
 
 Stage = Literal["rewrite", "hook", "wrap"]
 Aspect = Literal["graph", "weights", "activations", "forward", "optimizer", "loop"]
@@ -352,8 +352,22 @@ class Handle:
             rest = [entry for entry in self._session.entries if entry not in self._entries]
             self._session.become(rest)
 
-    def report(self) -> Report:
-        """What each pass found and did so far."""
+    def report(self, inputs: Any = None, **how: Any) -> Report:
+        """What each pass found and did so far; with inputs, also what it saves.
+
+        Args:
+            inputs: what the model is called with, as for ``memopt.profile``. Then the plain model is profiled on fake
+                tensors, and the model with one pass more after another.
+            how: further arguments of ``memopt.profile``: ``loss``, ``train``, ``optimizer``, ``device``.
+        """
+        savings: dict[int, Saving] = {}
+        working = [e for e in self._entries if e.claims]
+        if inputs is not None and working:
+            from memopt.memory.profiler import savings_of  # above this file in the layers
+
+            others = [e.pass_ for e in self._session.entries if e not in self._entries and e.claims]
+            found = savings_of(self.model, others, [e.pass_ for e in working], inputs, **how)
+            savings = {id(e): saving for e, saving in zip(working, found, strict=True)}
         return Report(
             tuple(
                 ReportRow(
@@ -363,6 +377,7 @@ class Handle:
                     claims=tuple(e.claims),
                     notes=tuple(e.notes),
                     counts=dict(e.counts),
+                    saving=savings.get(id(e)),
                 )
                 for e in self._entries
             )

@@ -6,8 +6,28 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from memopt.memory.units import format_bytes
+
 if TYPE_CHECKING:
     from memopt.core import Claim
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Bytes of a step without and with a pass, by the fake profile."""
+
+    peak: tuple[int, int]
+    """The most at once, before and after."""
+    kept: tuple[int, int]
+    """Kept for backward, before and after."""
+
+    def __str__(self) -> str:
+        texts = []
+        for what, (before, after) in (("peak", self.peak), ("kept for backward", self.kept)):
+            if before or after:
+                change = f" ({(after - before) / before:+.1%})" if before else ""
+                texts.append(f"{what} {format_bytes(before)} -> {format_bytes(after)}{change}")
+        return ", ".join(texts)
 
 
 @dataclass(frozen=True)
@@ -20,6 +40,8 @@ class ReportRow:
     claims: tuple[Claim, ...]
     notes: tuple[str, ...]
     counts: Mapping[str, int]
+    saving: Saving | None = None
+    """What it saves on top of the passes before it, if the report was asked with inputs."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,8 @@ class Report:
                 lines.append(f"  {aspect}: {shown}")
             lines.extend(f"  {note}" for note in row.notes)
             lines.extend(f"  {what}: {count}" for what, count in row.counts.items())
+            if row.saving is not None:
+                lines.append(f"  {row.saving}")
         return "\n".join(lines)
 
 

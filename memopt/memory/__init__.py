@@ -6,6 +6,7 @@ and ``html`` present it.
 """
 
 from memopt.memory.ledger import moved
+from memopt.memory.limit import limit
 from memopt.memory.profiler import Work, profile, profile_work
 from memopt.memory.report import CATEGORIES, MemoryReport, ModuleNode, Skip, TensorInfo, Timeline
 from memopt.memory.units import format_bytes, parse_bytes
@@ -19,6 +20,7 @@ __all__ = [
     "Timeline",
     "Work",
     "format_bytes",
+    "limit",
     "moved",
     "parse_bytes",
     "profile",

@@ -7,7 +7,9 @@ fake one.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -85,12 +87,20 @@ def copy_of(value: Any, mode: FakeTensorMode, model: nn.Module) -> Any:
 
 
 class Corrected(TorchDispatchMode):
-    """Where the shapes or types that torch predicts for a kernel's results differ from what the kernel makes.
+    """Where torch's predictions for fake tensors need help.
 
-    Norms of low-precision inputs with float32 weights keep their statistics in float32.
+    Norms of low-precision inputs with float32 weights keep their statistics in float32. With ``scalars``, whoever asks
+    for a value gets 1: optimizers read their step counts, which no allocation depends on.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.scalars = False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ITEM and self.scalars:
+            dtype = args[0].dtype
+            return dtype == torch.bool or (1.0 if dtype.is_floating_point else 1)
         result = func(*args, **(kwargs or {}))
         if func in (_LAYER_NORM, _GROUP_NORM):
             out, mean, rstd = result
@@ -99,12 +109,11 @@ class Corrected(TorchDispatchMode):
                 return out, mean.float(), rstd.float()
         return result
 
-
-class Scalars(TorchDispatchMode):
-    """Answers 1 wherever a value is asked for: optimizers read step counts, which no allocation depends on."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _ITEM:
-            dtype = args[0].dtype
-            return dtype == torch.bool or (1.0 if dtype.is_floating_point else 1)
-        return func(*args, **(kwargs or {}))
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Answer for values that are asked for inside."""
+        self.scalars = True
+        try:
+            yield
+        finally:
+            self.scalars = False

@@ -160,7 +160,15 @@ class Ledger(TorchDispatchMode):
             self.live.pop(place.key, None)
             self._watch(place, storage, storage._cdata)
         self.end(func, result)
+        try:
+            self.check()
+        except BaseException:
+            del result  # or the traceback would keep it
+            raise
         return result
+
+    def check(self) -> None:
+        """For subclasses: may raise after an operation, whose result is then dropped."""
 
     def begin(self, func: Any) -> None:
         """For subclasses: an operation begins."""
@@ -218,11 +226,19 @@ def moved(tensor: Tensor, tier: str) -> None:
 
 @functools.wraps(_resize)
 def _resize_and_tell(storage: torch.UntypedStorage, size: int) -> Any:
+    before = storage.nbytes()
     result = _resize(storage, size)
-    for ledger in _ACTIVE:
-        record = ledger.live.get(storage._cdata)
-        if record is not None:
-            ledger._resize(record, storage.nbytes())
+    records = [(ledger, record) for ledger in _ACTIVE if (record := ledger.live.get(storage._cdata)) is not None]
+    for ledger, record in records:
+        ledger._resize(record, storage.nbytes())
+    try:
+        for ledger, _ in records:
+            ledger.check()
+    except BaseException:
+        _resize(storage, before)
+        for ledger, record in records:
+            ledger._resize(record, before)
+        raise
     return result
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from memopt.memory.report import MemoryReport
 from memopt.memory.restore import restored
 from memopt.memory.timeline import tell
 from memopt.memory.tracker import Tracker
+from memopt.reports import Saving
 
 Loss = Callable[[Any], Tensor]
 
@@ -117,6 +119,21 @@ def profile(
     )
 
 
+def savings_of(
+    model: nn.Module, others: Sequence[core.Pass], passes: Sequence[core.Pass], inputs: Any, **how: Any
+) -> list[Saving]:
+    """What each of ``passes`` saves on a model that has ``others`` and those before it; all are active on it."""
+    with core.without_passes(model) as active:
+        if how.get("optimizer") is None and active.optimizers:
+            how["optimizer"] = active.optimizers[0]
+        sets = [[*others, *passes[:i]] for i in range(len(passes) + 1)]
+        reports = [profile(model, inputs, **{**how, "passes": chosen}) for chosen in sets]
+    return [
+        Saving(peak=(before.peak, after.peak), kept=(before.kept, after.kept))
+        for before, after in itertools.pairwise(reports)
+    ]
+
+
 def profile_work(
     work: Work,
     *,
@@ -178,7 +195,8 @@ class _Run:
     device: str
     """Of the tensors that are counted."""
     rounding: int
-    fake: bool
+    values: Callable[[], Any] = contextlib.nullcontext
+    """Entered around the optimizer's step, which on fake tensors asks for values."""
     passes: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
 
@@ -219,7 +237,7 @@ class _Run:
                     loss.backward()
                     del loss
         if self.train and (work.optimizer is not None or work.after is not None):
-            with phase("optimizer"), fake.Scalars() if self.fake else contextlib.nullcontext():
+            with phase("optimizer"), self.values():
                 if work.optimizer is not None:
                     work.optimizer.step()
                     work.optimizer.zero_grad()
@@ -246,8 +264,9 @@ def _on_fakes(work: Work, train: bool, kind: str, passes: Sequence[Any], roundin
     with core.without_passes(work.model) as active:
         given = {id(o): o for o in (work.optimizer, *active.optimizers) if o is not None}
         twin, optimizers = fake.copy_of((work, tuple(given.values())), mode, work.model)
-    run = _Run(twin, train, "cpu", rounding, fake=True)
-    with mode, fake.Corrected(), contextlib.ExitStack() as stack:
+    corrected = fake.Corrected()
+    run = _Run(twin, train, "cpu", rounding, values=corrected.answering)
+    with mode, corrected, contextlib.ExitStack() as stack:
         if kind == "cuda":
             run.assumptions = stack.enter_context(cuda.kernels(optimizers))
         kept = core.apply(twin.model, active.passes, optimizer=optimizers or None, missing="skip")
@@ -257,7 +276,7 @@ def _on_fakes(work: Work, train: bool, kind: str, passes: Sequence[Any], roundin
 
 
 def _on_the_model(work: Work, train: bool, kind: str, passes: Sequence[Any], rounding: int) -> tuple[_Run, Tracker]:
-    run = _Run(work, train, kind, rounding, fake=False)
+    run = _Run(work, train, kind, rounding)
     with restored(work.model, work.optimizer, work.extra, list(_leaves(work.batch))):
         active = core.active_passes(work.model).passes
         with core.apply(work.model, list(passes), optimizer=work.optimizer) as handle:
