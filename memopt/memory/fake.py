@@ -18,9 +18,18 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_LAYER_NORM = torch.ops.aten.native_layer_norm.default
-_GROUP_NORM = torch.ops.aten.native_group_norm.default
-_ITEM = torch.ops.aten._local_scalar_dense.default
+_aten = torch.ops.aten
+_WEIGHT_OF_NORM = {
+    _aten.native_layer_norm.default: 2,
+    _aten.native_group_norm.default: 1,
+    _aten.native_batch_norm.default: 1,
+    _aten._native_batch_norm_legit.default: 1,
+    _aten._native_batch_norm_legit.no_stats: 1,
+    _aten._batch_norm_with_update.default: 1,
+}
+"""Norms whose results begin with the output, the mean and its like, with the position of their weight."""
+_GROUP_NORM_BACKWARD = _aten.native_group_norm_backward.default
+_ITEM = _aten._local_scalar_dense.default
 
 
 def new_mode() -> FakeTensorMode:
@@ -89,8 +98,9 @@ def copy_of(value: Any, mode: FakeTensorMode, model: nn.Module) -> Any:
 class Corrected(TorchDispatchMode):
     """Where torch's predictions for fake tensors need help.
 
-    Norms of low-precision inputs with float32 weights keep their statistics in float32. With ``scalars``, whoever asks
-    for a value gets 1: optimizers read their step counts, which no allocation depends on.
+    Norms of low-precision inputs with float32 weights keep their statistics in float32, and the gradient of a group
+    norm's input has the input's type. With ``scalars``, whoever asks for a value gets 1: optimizers read their step
+    counts, which no allocation depends on.
     """
 
     def __init__(self) -> None:
@@ -102,11 +112,13 @@ class Corrected(TorchDispatchMode):
             dtype = args[0].dtype
             return dtype == torch.bool or (1.0 if dtype.is_floating_point else 1)
         result = func(*args, **(kwargs or {}))
-        if func in (_LAYER_NORM, _GROUP_NORM):
-            out, mean, rstd = result
-            weight = args[2] if func is _LAYER_NORM else args[1]
+        if func in _WEIGHT_OF_NORM:
+            out, mean, rstd, *more = result
+            weight = args[_WEIGHT_OF_NORM[func]]
             if weight is not None and weight.dtype is torch.float32 and mean.dtype is not torch.float32:
-                return out, mean.float(), rstd.float()
+                return out, mean.float(), rstd.float(), *more
+        elif func is _GROUP_NORM_BACKWARD and result[0] is not None:
+            return result[0].to(args[1].dtype), *result[1:]
         return result
 
     @contextlib.contextmanager

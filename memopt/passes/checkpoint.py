@@ -241,7 +241,7 @@ class _Run:
                 return self.recompute(kept)
             output = self.forward()
             self.mutated = frozenset(i for i, t in tensors.items() if t._version != before[i])
-            places = [tensors[i].untyped_storage().data_ptr() for i in self.mutated]
+            places = [tensors[i].untyped_storage()._cdata for i in self.mutated]
             if len(set(places)) < len(places):  # separate copies would not change together
                 raise RuntimeError(
                     f"checkpoint: a {type(self.module).__name__} changes an input in place that shares memory with "
