@@ -24,7 +24,8 @@ class RunLog:
     """Progress on the terminal and metrics in the run folder; silent in all processes but the main one.
 
     ``metrics.jsonl`` has one line per step with its loss; the last line of each group of ``log_every`` steps also has
-    the learning rate, samples per second, and bytes of device and process memory.
+    the learning rate, samples per second, the peak of allocated device memory since the line before, reserved device
+    memory, process memory (bytes), and a warning if there was one.
     """
 
     def __init__(self, out: Path, steps: int, *, main: bool) -> None:
@@ -50,6 +51,7 @@ class RunLog:
         self._metrics: Any = None
         self._process = psutil.Process()
         self._said = 0.0
+        self._device_peak = 0
 
     def file(self, name: str) -> Path:
         """A path in the run folder."""
@@ -104,19 +106,23 @@ class RunLog:
         self._progress.start()
         self._progress.update(self._task, completed=trainer.step)
 
-    def record(self, step: int, losses: list[float], *, lr: float, samples_per_second: float) -> None:
+    def record(
+        self, step: int, losses: list[float], *, lr: float, samples_per_second: float, warning: str | None = None
+    ) -> None:
         """Write the losses of the steps up to ``step``, and what goes with the last of them."""
         if not self.main:
             return
         more = {
             "lr": lr,
             "samples_per_second": round(samples_per_second, 3),
-            "device_bytes": _device_bytes(),
+            "device_peak_bytes": self._new_device_peak(),
+            "device_reserved_bytes": torch.cuda.memory_reserved() if torch.cuda.is_available() else 0,
             "process_bytes": self._process.memory_info().rss,
         }
+        with_last = more if warning is None else {**more, "warning": warning}
         first = step - len(losses) + 1
         for i, loss in enumerate(losses):
-            entry = {"step": first + i, "loss": loss, **(more if i == len(losses) - 1 else {})}
+            entry = {"step": first + i, "loss": loss, **(with_last if i == len(losses) - 1 else {})}
             self._metrics.write(json.dumps(entry) + "\n")
             self._board.add_scalar("loss", loss, first + i)
         self._metrics.flush()
@@ -125,7 +131,7 @@ class RunLog:
         self.recorded.extend(range(first, step + 1))
         self.losses.extend(losses)
         mean = sum(losses) / len(losses)
-        device = f"  device {more['device_bytes'] / GIB:.2f} GiB" if more["device_bytes"] else ""
+        device = f"  device {more['device_peak_bytes'] / GIB:.2f} GiB" if more["device_peak_bytes"] else ""
         host = f"process {more['process_bytes'] / GIB:.2f} GiB"
         status = f"loss {mean:.4f}  {samples_per_second:.1f} samples/s{device}  {host}"
         self._progress.update(self._task, completed=step, status=status)
@@ -133,6 +139,8 @@ class RunLog:
         if not self._console.is_terminal and (time.monotonic() - self._said > 10 or step == self.steps):
             self._said = time.monotonic()
             self.say(f"step {step}/{self.steps}  {status}")
+        if warning is not None:
+            self.warn(warning)
 
     def summarize(self) -> None:
         """Say how the run went: the loss of its first and last tenth, the peak of its memory, where it is."""
@@ -141,11 +149,21 @@ class RunLog:
         tenth = max(1, len(self.losses) // 10)
         first, last = (sum(part) / tenth for part in (self.losses[:tenth], self.losses[-tenth:]))
         ratio = f" (ratio {last / first:.3f})" if first else ""
-        device = f"device {_device_bytes() / GIB:.2f} GiB, " if _device_bytes() else ""
+        self._new_device_peak()
+        device = f"device {self._device_peak / GIB:.2f} GiB, " if self._device_peak else ""
         self.say(
             f"done: mean loss {first:.4f} in the first tenth, {last:.4f} in the last{ratio}; "
             f"peak memory: {device}process {_peak_process_bytes() / GIB:.2f} GiB; run folder {self.out}"
         )
+
+    def _new_device_peak(self) -> int:
+        """The most bytes that tensors took on the device since the last call, 0 without a GPU."""
+        if not torch.cuda.is_available():
+            return 0
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self._device_peak = max(self._device_peak, peak)
+        return peak
 
     def __enter__(self) -> RunLog:
         return self
@@ -160,8 +178,3 @@ class RunLog:
 def _peak_process_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _device_bytes() -> int:
-    """Peak bytes that tensors took on the device since the start, 0 without a GPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

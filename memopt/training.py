@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from memopt import checkpoints, core, plots
 from memopt.errors import InputError, MemoptError
+from memopt.memory.leaks import LeakWatch
 from memopt.recipe import Recipe, TrainConfig, parse_passes
 from memopt.runlog import RunLog
 
@@ -360,6 +361,7 @@ def _run(trainer: Trainer, out: Path, resume: bool, data: Path | None) -> Result
 def _loop(trainer: Trainer, log: RunLog, out: Path) -> None:
     config, folder = trainer.config, out / "checkpoints"
     pending: list[Tensor] = []
+    watch = LeakWatch()
     last = time.perf_counter()
     for data in trainer.loader(range(trainer.step, config.steps)):
         rate = trainer.optimizer.param_groups[0]["lr"]
@@ -370,7 +372,8 @@ def _loop(trainer: Trainer, log: RunLog, out: Path) -> None:
             # The only place that waits for the device: losses stay there until they are written.
             losses = trainer.accelerator.reduce(torch.stack(pending), reduction="mean").tolist()
             seconds = (time.perf_counter() - last) / len(losses)
-            log.record(step, losses, lr=rate, samples_per_second=config.batch_size / seconds)
+            warning = watch.check(step) if trainer.is_main else None
+            log.record(step, losses, lr=rate, samples_per_second=config.batch_size / seconds, warning=warning)
             pending.clear()
             if not all(map(math.isfinite, losses)):
                 raise MemoptError(

@@ -60,7 +60,13 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert [line["loss"] for line in lines] == result.losses
-    assert {"lr", "samples_per_second", "device_bytes", "process_bytes"} <= lines[-1].keys()
+    assert {
+        "lr",
+        "samples_per_second",
+        "device_peak_bytes",
+        "device_reserved_bytes",
+        "process_bytes",
+    } <= lines[-1].keys()
     assert sum(result.losses[-3:]) < sum(result.losses[:3])
     described = json.loads((out / "config.json").read_text())
     assert described["config"]["seed"] == 0
