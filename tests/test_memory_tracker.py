@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -392,6 +393,25 @@ def test_a_model_that_needs_values_says_where():
     summed(report)
     assert report.real
     assert report.kept > 0
+
+
+def test_a_model_that_cannot_be_copied_says_so():
+    model = Two()
+    model.lock = threading.Lock()
+    with pytest.raises(MemoptError, match=r"Two cannot be copied onto fake tensors: TypeError: .*lock.* real=True"):
+        memopt.profile(model, torch.randn(3, 8))
+    assert memopt.profile(model, torch.randn(3, 8), real=True).kept > 0
+
+
+def test_gradients_set_to_zero_live_through_the_next_step():
+    class Zeroing(torch.optim.SGD):
+        def zero_grad(self, set_to_none: bool = False) -> None:
+            super().zero_grad(set_to_none=False)
+
+    model, weights = Two(), 2 * 8 * 16 * F4
+    report = both(model, torch.randn(3, 8), optimizer=Zeroing(model.parameters(), lr=0.1))
+    assert report.start_by_category["gradients"] == weights
+    assert all(p.grad is None for p in model.parameters())
 
 
 # --- limit ------------------------------------------------------------------------------------------------------------
