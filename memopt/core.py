@@ -254,10 +254,18 @@ class _Session:
         before = self.entries
         self._unwind()
         try:
-            self._apply(entries)
-        except BaseException:
+            self._apply(entries, known=before)
+        except BaseException as error:
             self._unwind()
-            self._apply(before)
+            try:
+                self._apply(before, known=before)
+            except MemoptError as again:  # the model was changed since they were applied
+                self._unwind()
+                lost = ", ".join(str(entry.pass_) for entry in before)
+                raise MemoptError(
+                    f"{error} The passes that were on the model ({lost}) no longer fit it either, since it was changed "
+                    f"after they were applied: {again} The model is now without passes."
+                ) from error
             raise
 
     def _unwind(self) -> None:
@@ -273,13 +281,13 @@ class _Session:
         self.model.__dict__.pop(_SESSION, None)
         self.entries = []
 
-    def _apply(self, entries: list[_Entry]) -> None:
+    def _apply(self, entries: list[_Entry], known: list[_Entry]) -> None:
         for entry in entries:
             entry.notes.clear()
             entry.claims = entry.pass_.plan(self.model, Context(optimizers=entry.optimizers))
             if not entry.claims:
                 found = f"found nothing to do. It needs {entry.pass_.wanted()}; {_describe(self.model)}"
-                if entry.missing == "raise":
+                if entry.missing == "raise" and entry not in known:  # those were applied; the model was changed since
                     raise NothingToDo(f"{entry.pass_.name}: {found}. Leave the pass out, or say missing='skip'.")
                 entry.notes.append(f"skipped: {found}")
         _check_conflicts(entries)

@@ -395,3 +395,24 @@ def test_cache_cleanup_counts(model):
     assert handle.report().rows[0].counts == {"cleanups": 2}
     with pytest.raises(InputError, match="unknown phase 'step'"):
         CacheCleanup(after=("step",))
+
+
+def test_a_model_that_was_changed_after_apply_can_still_be_undone():
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)])
+    amp, checkpoint = memopt.apply(model, ["amp"]), memopt.apply(model, ["checkpoint"])
+    model.bfloat16()  # amp, planned again, finds nothing to do
+    checkpoint.undo()
+    assert not checkpoint.active
+    assert "skipped: found nothing to do" in str(amp.report())
+    amp.undo()
+    assert type(model) is nn.Sequential
+
+
+def test_passes_that_cannot_be_put_back_say_so():
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)])
+    amp, checkpoint = memopt.apply(model, ["amp"]), memopt.apply(model, ["checkpoint"])
+    model.forward = model.forward  # as another library patches an instance
+    with pytest.raises(MemoptError, match=r"no longer fit it either.*The model is now without passes"):
+        checkpoint.undo()
+    assert not amp.active
+    assert type(model) is nn.Sequential
