@@ -2,9 +2,10 @@
 
 from memopt import memory as memory
 from memopt import passes as passes
-from memopt.core import Claim, Context, Edit, Handle, Pass, apply, available_passes
+from memopt.core import Edit, Handle, apply
 from memopt.errors import AlreadyApplied, InputError, MemoptError, NothingToDo, PassConflict, UnknownPass
 from memopt.memory import MemoryReport, profile
+from memopt.registry import Claim, Context, Pass, available_passes
 from memopt.reports import Report
 
 __version__ = "0.1.0"

@@ -20,107 +20,24 @@ special case, and undoing is setting the class back. A ``forward`` patched onto 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import difflib
 import functools
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
-from memopt.config import build
-from memopt.errors import AlreadyApplied, InputError, MemoptError, NothingToDo, PassConflict, UnknownPass
+from memopt.errors import AlreadyApplied, InputError, MemoptError, NothingToDo, PassConflict
+from memopt.registry import STAGES, Claim, Context, Pass, resolve
 from memopt.reports import Report, ReportRow, Saving
 
-Stage = Literal["rewrite", "hook", "wrap"]
-Aspect = Literal["graph", "weights", "activations", "forward", "optimizer", "loop"]
-PassLike = "Pass | str | Mapping[str, Mapping[str, Any]]"
-
-STAGES: tuple[Stage, ...] = ("rewrite", "hook", "wrap")
 PHASES = ("sampling", "evaluation", "checkpoint")
 """The boundaries a training loop names with ``handle.phase(name)``."""
 
-ENTRY_POINTS = "memopt.passes"
 _SESSION = "_memopt_session"  # in the root module's __dict__ while passes are active, gone after the last undo
 _MARK = "_memopt_base"  # in the namespace of a dynamic subclass: the class underneath
-_REGISTRY: dict[str, type[Pass]] = {}
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a pass will change: one aspect of one place.
-
-    ``path`` is a module path as in ``named_modules()`` ("" is the whole model); for the aspects ``optimizer`` and
-    ``loop`` it is a dotted name in their own space, such as ``0.zero_grad`` or ``sampling``.
-    """
-
-    path: str
-    aspect: Aspect
-
-    def overlaps(self, other: Claim) -> bool:
-        """True where both speak of the same aspect, and of the same place or one inside the other."""
-        short, long = sorted((self.path, other.path), key=len)
-        return self.aspect == other.aspect and (short in ("", long) or long.startswith(f"{short}."))
-
-    def __str__(self) -> str:
-        return f"{self.aspect} of {self.path or 'the whole model'}"
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a plan may look at besides the model."""
-
-    optimizers: tuple[torch.optim.Optimizer, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pass(ABC):
-    """One technique. A subclass is a frozen dataclass whose fields are its options, each with a docstring."""
-
-    name: ClassVar[str]
-    """How the CLI, tables and reports call it."""
-    stage: ClassVar[Stage]
-    """When it is applied, whatever order the user lists: rewrite, then hook, then wrap."""
-    exact: ClassVar[bool]
-    """True: loss and every gradient stay as they were. False: ``changes`` says what does not."""
-    modes: ClassVar[frozenset[str]] = frozenset({"train", "infer"})
-    needs: ClassVar[str] = "any model"
-    """What it must find; the error for an empty plan and ``memopt passes`` show it."""
-    changes: ClassVar[str] = ""
-    """For passes that are not exact: what changes, and the tolerance it is tested to."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if name := cls.__dict__.get("name"):
-            known = _REGISTRY.get(name)
-            if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise MemoptError(f"pass name {name!r} is taken by {known.__module__}.{known.__qualname__}")
-            _REGISTRY[name] = cls
-
-    def wanted(self) -> str:
-        """What this pass, with its options, needs to find; for the error where it finds nothing."""
-        return self.needs
-
-    @abstractmethod
-    def plan(self, model: nn.Module, context: Context) -> list[Claim]:
-        """What this pass would change. Looks at the untouched model and changes nothing; empty means nothing to do."""
-
-    @abstractmethod
-    def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
-        """Change the model as claimed, through ``edit`` alone."""
-
-    def __str__(self) -> str:
-        given = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != f.default
-        ]
-        return f"{self.name}({', '.join(given)})"
 
 
 @dataclass(eq=False)  # an entry is this one, not any with the same pass
@@ -444,39 +361,6 @@ def without_passes(model: nn.Module) -> Iterator[Active]:
     finally:
         if entries:
             session.become(entries)
-
-
-def available_passes() -> dict[str, type[Pass]]:
-    """Every pass by name: memopt's own, those defined in this process, and those of installed packages."""
-    for point in metadata.entry_points(group=ENTRY_POINTS):
-        if point.name not in _REGISTRY:
-            found = point.load()
-            if not (isinstance(found, type) and issubclass(found, Pass) and getattr(found, "name", None) == point.name):
-                raise MemoptError(
-                    f"entry point {point.name!r} of group {ENTRY_POINTS} ({point.value}) must name a memopt.Pass "
-                    f"subclass whose `name` is {point.name!r}"
-                )
-    return dict(sorted(_REGISTRY.items()))
-
-
-def resolve(like: Any) -> list[Pass]:
-    """Passes from an object, a name, or a table ``{name: {option: value}}`` (one table may hold several)."""
-    if isinstance(like, Pass):
-        return [like]
-    if isinstance(like, str):
-        like = {like: {}}
-    if not isinstance(like, Mapping):
-        raise InputError(f"a pass is given as an object, a name or a table of options, not as {like!r}")
-    # Installed packages are asked only for a name that is not known yet: a broken one must not hurt the others.
-    known = dict(_REGISTRY) if all(name in _REGISTRY for name in like) else available_passes()
-    found = []
-    for name, options in like.items():
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise UnknownPass(f"unknown pass {name!r}.{hint} There are: {', '.join(known)}.")
-        found.append(build(known[name], options, what=f"pass {name!r}"))
-    return found
 
 
 def apply(

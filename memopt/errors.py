@@ -13,6 +13,10 @@ class UnknownPass(InputError):
     """No pass of that name exists."""
 
 
+class DoesNotFit(MemoptError):
+    """Not even the smallest batch fits a budget."""
+
+
 class NothingToDo(MemoptError):
     """A pass found nothing to change in this model."""
 

@@ -120,6 +120,15 @@ class Recipe(ABC, Generic[C]):
         ``model`` may be wrapped for several processes: call it, and nothing else of it.
         """
 
+    def example(self, config: C, data: Path | None, cache: Path) -> dict[str, Any]:
+        """One sample as the data set gives it: the same names, shapes and types; the values do not matter.
+
+        A profile asks for it to know what a batch looks like. The default reads the first sample of the data set; where
+        that has to be prepared first, a recipe that makes one up here can be profiled before its data is there.
+        """
+        sample: dict[str, Any] = self.dataset(config, data, cache)[0]
+        return sample
+
     def draw(self, config: C, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Everything random that ``n`` samples need (noise, time steps, ...), tensors of n rows, on the CPU.
 

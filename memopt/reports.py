@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memopt.memory.units import format_bytes
+from memopt.units import format_bytes
 
 if TYPE_CHECKING:
-    from memopt.core import Claim
+    from memopt.registry import Claim
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from memopt import InputError
 from memopt.memory import show
 from memopt.memory.html import render
 from memopt.memory.report import CATEGORIES, MemoryReport, ModuleNode, Skip, TensorInfo, Timeline
-from memopt.memory.units import format_bytes
+from memopt.units import format_bytes
 
 MIB = 1 << 20
 EVIL = 'output_blocks.7.0.<script>alert("1")</script>&$x^2$[red]'

@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from memopt.cli import passes, train
+from memopt.cli import max_batch, passes, profile, train
 from memopt.errors import MemoptError
 
-VERBS = (train, passes)
+VERBS = (train, profile, max_batch, passes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,8 +33,8 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.padding import Padding
 
-    from memopt.core import available_passes
     from memopt.errors import UnknownPass
+    from memopt.registry import available_passes
 
     known = available_passes()
     console = Console()

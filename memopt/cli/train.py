@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from memopt.cli.options import add_data, add_preset, add_settings, path, settings
 from memopt.errors import InputError
 
 EXAMPLES = """\
@@ -34,21 +35,11 @@ def add(verbs: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", metavar="DIR", type=_path, help="a folder with a recipe.py that defines recipe()")
-    parser.add_argument("--preset", metavar="P", help="configuration by name (default: the recipe's first)")
-    parser.add_argument("--data", metavar="PATH", type=_path, help="your data, in the form the recipe reads")
-    parser.add_argument(
-        "--cache", metavar="DIR", type=_path, default=Path("data"), help="prepared data (default: data)"
-    )
-    parser.add_argument("--out", metavar="DIR", type=_path, help="run folder (default: runs/RECIPE-PRESET)")
-    parser.add_argument("--steps", metavar="N", help="optimizer steps in all")
-    parser.add_argument("--batch-size", metavar="B", help="samples per step, over all processes")
-    parser.add_argument("--microbatch", metavar="M", help="samples per forward, accumulated to the batch")
-    parser.add_argument("--passes", metavar="A,B", help="memopt passes, such as checkpoint,amp:dtype=fp16")
-    parser.add_argument("--seed", metavar="S", help="determines everything random")
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="any other setting of the recipe"
-    )
+    parser.add_argument("recipe", metavar="DIR", type=path, help="a folder with a recipe.py that defines recipe()")
+    add_preset(parser)
+    add_data(parser)
+    parser.add_argument("--out", metavar="DIR", type=path, help="run folder (default: runs/RECIPE-PRESET)")
+    add_settings(parser, "steps", "batch_size", "microbatch", "passes", "seed")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest whole checkpoint in the run folder"
     )
@@ -61,29 +52,10 @@ def run(options: argparse.Namespace) -> None:
     from memopt.training import train
 
     recipe = load_recipe(options.recipe)
-    values = {
-        name: value
-        for name in ("steps", "batch_size", "microbatch", "passes", "seed")
-        if (value := getattr(options, name)) is not None
-    }
-    values |= dict(_pair(text) for text in options.set)
     out = options.out or Path("runs") / f"{recipe.name}-{options.preset or next(iter(recipe.presets))}"
     base, data = _stored(out, recipe) if options.resume else (None, None)
-    config = configure(recipe, options.preset, values, base)
+    config = configure(recipe, options.preset, settings(options), base)
     train(recipe, config, out=out, data=options.data or data, cache=options.cache, resume=options.resume)
-
-
-def _path(text: str) -> Path:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("an empty path")
-    return Path(text).expanduser()
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"--set takes key=value, not {text!r}")
-    return key, value
 
 
 def _stored(out: Path, recipe: Any) -> tuple[Any, Path | None]:

@@ -5,14 +5,16 @@ The layers, each built on the one before: ``ledger`` counts live storages, ``tra
 and ``html`` present it.
 """
 
+from memopt.memory.fit import BatchFit, max_batch
 from memopt.memory.ledger import moved
 from memopt.memory.limit import limit
 from memopt.memory.profiler import Work, profile, profile_work
 from memopt.memory.report import CATEGORIES, MemoryReport, ModuleNode, Skip, TensorInfo, Timeline
-from memopt.memory.units import format_bytes, parse_bytes
+from memopt.units import format_bytes, parse_bytes
 
 __all__ = [
     "CATEGORIES",
+    "BatchFit",
     "MemoryReport",
     "ModuleNode",
     "Skip",
@@ -21,6 +23,7 @@ __all__ = [
     "Work",
     "format_bytes",
     "limit",
+    "max_batch",
     "moved",
     "parse_bytes",
     "profile",

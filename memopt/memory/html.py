@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from memopt.memory.report import CATEGORIES, MemoryReport, ModuleNode
 from memopt.memory.show import COLOURS, LABELS, Columns, columns, kind, origin, shape, share, spread, unit, where
-from memopt.memory.units import format_bytes
+from memopt.units import format_bytes
 
 MEANING = {
     "parameters": "the weights of the model",

@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from memopt.memory.units import format_bytes
+from memopt.units import format_bytes
 
 SAVED, NODES, UNSEEN = "saved for backward", "autograd graph nodes", "CUDA memory outside of Python's tensors"
 NODE_BYTES = 600

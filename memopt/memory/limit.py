@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from memopt.errors import InputError
 from memopt.memory.ledger import Ledger, Record
-from memopt.memory.units import format_bytes, parse_bytes
+from memopt.units import format_bytes, parse_bytes
 
 
 class limit(Ledger):

@@ -29,6 +29,7 @@ from memopt.memory.report import MemoryReport
 from memopt.memory.restore import restored
 from memopt.memory.timeline import tell
 from memopt.memory.tracker import Tracker
+from memopt.registry import Pass
 from memopt.reports import Saving
 
 Loss = Callable[[Any], Tensor]
@@ -46,6 +47,8 @@ class Work:
     optimizer: torch.optim.Optimizer | None = None
     parts: Callable[[Any], Sequence[Any]] | None = None
     """Cuts a batch into the microbatches of a step; None: it is one."""
+    before_step: Callable[[nn.Module], object] | None = None
+    """What the loop does between backward and the optimizer's step, such as to clip the gradients."""
     after: Callable[[nn.Module], None] | None = None
     """What the loop does after a step, such as to average the weights."""
     extra: tuple[nn.Module, ...] = ()
@@ -120,7 +123,7 @@ def profile(
 
 
 def savings_of(
-    model: nn.Module, others: Sequence[core.Pass], passes: Sequence[core.Pass], inputs: Any, **how: Any
+    model: nn.Module, others: Sequence[Pass], passes: Sequence[Pass], inputs: Any, **how: Any
 ) -> list[Saving]:
     """What each of ``passes`` saves on a model that has ``others`` and those before it; all are active on it."""
     with core.without_passes(model) as active:
@@ -207,7 +210,8 @@ class _Run:
             work.model.train(self.train)
         with torch.set_grad_enabled(self.train):
             self.step(None)
-            for tensor in (*work.model.parameters(), *_leaves(work.batch)):
+            # A step starts with the gradients that the optimizer's zero_grad leaves, which are usually none.
+            for tensor in (*_leaves(work.batch), *(() if work.optimizer else work.model.parameters())):
                 tensor.grad = None
             tracker = Tracker(work.model, rounding=self.rounding, device=self.device)
             with tracker, contextlib.ExitStack() as stack:
@@ -238,6 +242,8 @@ class _Run:
                     del loss
         if self.train and (work.optimizer is not None or work.after is not None):
             with phase("optimizer"), self.values():
+                if work.before_step is not None:
+                    work.before_step(work.model)
                 if work.optimizer is not None:
                     work.optimizer.step()
                     work.optimizer.zero_grad()
@@ -263,16 +269,23 @@ def _on_fakes(work: Work, train: bool, kind: str, passes: Sequence[Any], roundin
     mode = fake.mode_of(work.model) or fake.new_mode()
     with core.without_passes(work.model) as active:
         given = {id(o): o for o in (work.optimizer, *active.optimizers) if o is not None}
-        twin, optimizers = fake.copy_of((work, tuple(given.values())), mode, work.model)
+        try:
+            twin, optimizers = fake.copy_of((work, tuple(given.values())), mode, work.model, *work.extra)
+        except Exception as error:
+            raise MemoptError(
+                f"{type(work.model).__name__} cannot be copied onto fake tensors: {type(error).__name__}: {error}. "
+                "Profile it on true tensors: real=True, or --real."
+            ) from error
     corrected = fake.Corrected()
     run = _Run(twin, train, "cpu", rounding, values=corrected.answering)
     with mode, corrected, contextlib.ExitStack() as stack:
-        if kind == "cuda":
-            run.assumptions = stack.enter_context(cuda.kernels(optimizers))
+        notes = stack.enter_context(cuda.kernels()) if kind == "cuda" else ()
         kept = core.apply(twin.model, active.passes, optimizer=optimizers or None, missing="skip")
         added = core.apply(twin.model, list(passes), optimizer=optimizers or None)
         run.passes = tuple(map(str, (*kept.passes, *added.passes)))
-        return run, run.watch()
+        tracker = run.watch()
+        run.assumptions = tuple(notes)
+        return run, tracker
 
 
 def _on_the_model(work: Work, train: bool, kind: str, passes: Sequence[Any], rounding: int) -> tuple[_Run, Tracker]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from memopt.errors import InputError
 from memopt.memory.report import CATEGORIES, MemoryReport, ModuleNode
-from memopt.memory.units import format_bytes
+from memopt.units import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,8 +19,9 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from memopt import legacy
-from memopt.core import Claim, Context, Edit, Pass
+from memopt.core import Edit
 from memopt.errors import InputError
+from memopt.registry import Claim, Context, Pass
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

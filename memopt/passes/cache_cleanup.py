@@ -15,8 +15,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from memopt.core import PHASES, Claim, Context, Edit, Pass
+from memopt.core import PHASES, Edit
 from memopt.errors import InputError
+from memopt.registry import Claim, Context, Pass
 
 
 @dataclass(frozen=True, kw_only=True)

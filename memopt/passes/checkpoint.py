@@ -34,8 +34,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from memopt import legacy
-from memopt.core import Claim, Context, Edit, Pass
+from memopt.core import Edit
 from memopt.errors import InputError
+from memopt.registry import Claim, Context, Pass
 
 
 @dataclass(frozen=True, kw_only=True)

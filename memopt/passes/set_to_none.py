@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from memopt.core import Claim, Context, Edit, Pass
+from memopt.core import Edit
+from memopt.registry import Claim, Context, Pass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,248 @@
+"""What ``memopt profile`` and ``memopt max-batch`` speak of: a recipe, or a model that a function makes.
+
+Both verbs take the same first argument and the same options for it, and ask for profiles at a batch size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import inspect
+import os
+import re
+import sys
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memopt.cli import inputs
+from memopt.cli.options import add_data, add_preset, add_settings, settings
+from memopt.errors import InputError, MemoptError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from memopt.memory.report import MemoryReport
+
+_FACTORY = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
+
+
+def add(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add the target and its options; ``names`` are settings of recipes."""
+    parser.add_argument(
+        "target",
+        metavar="DIR|MODULE:FACTORY",
+        help="a recipe folder, or a function or class that makes a model, such as my.nets:UNet",
+    )
+    parser.add_argument("--infer", action="store_true", help="a forward without gradients, not a training step")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="need not be there; default: cuda if it is")
+    recipe = parser.add_argument_group("of a recipe")
+    add_preset(recipe)
+    add_settings(recipe, "microbatch")
+    add_data(recipe)
+    factory = parser.add_argument_group("of MODULE:FACTORY")
+    factory.add_argument(
+        "--input",
+        metavar="NAME=SHAPE[:DTYPE]",
+        action="append",
+        default=[],
+        help="an argument of the model, once for each; B in a shape is the batch size; also SHAPE or NAME=VALUE",
+    )
+    factory.add_argument("--optimizer", metavar="NAME", help="of torch.optim, such as adamw (default), sgd; or none")
+    add_settings(parser, *names, others=False)
+
+
+class Subject(ABC):
+    """Something that can be profiled at any batch size."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from memopt.estimate import default_device
+
+        self.target: str = options.target
+        self.train = not options.infer
+        self.device: str = options.device or default_device()
+        self.real: bool = getattr(options, "real", False)
+
+    @abstractmethod
+    def profile(self, batch: int | None = None, passes: Sequence[Any] = ()) -> MemoryReport:
+        """At a batch size (None: the one that was asked for), with further passes."""
+
+
+def of(options: argparse.Namespace) -> Subject:
+    """The subject that the options name.
+
+    Raises:
+        InputError: there is no such recipe or factory, or an option does not belong to it.
+    """
+    factory = None if Path(options.target).is_dir() else _FACTORY.fullmatch(options.target)
+    foreign = ("preset", "set", "microbatch", "data") if factory else ("input", "optimizer")
+    for name in foreign:
+        if getattr(options, name):
+            kind = "a recipe folder" if factory else "MODULE:FACTORY"
+            raise InputError(f"--{name} belongs to {kind}, and {options.target} is none")
+    return _Factory(options, *factory.groups()) if factory else _Recipe(options)
+
+
+class _Recipe(Subject):
+    def __init__(self, options: argparse.Namespace) -> None:
+        from memopt.recipe import configure, load_recipe
+
+        super().__init__(options)
+        self.recipe = load_recipe(Path(options.target).expanduser())
+        self.config = configure(self.recipe, options.preset, settings(options))
+        self.data, self.cache = options.data, options.cache
+
+    def profile(self, batch: int | None = None, passes: Sequence[Any] = ()) -> MemoryReport:
+        from memopt.estimate import at_batch, profile_recipe
+
+        return profile_recipe(
+            self.recipe,
+            self.config if batch is None else at_batch(self.config, batch),
+            train=self.train,
+            device=self.device,
+            passes=passes,
+            real=self.real,
+            data=self.data,
+            cache=self.cache,
+        )
+
+
+class _Factory(Subject):
+    def __init__(self, options: argparse.Namespace, module: str, name: str) -> None:
+        from memopt.recipe import parse_passes
+
+        super().__init__(options)
+        self.inputs: list[str] = options.input
+        given = getattr(options, "batch_size", None)
+        self.batch = None if given is None else _positive(given)
+        self.passes = parse_passes(tuple(p for p in (options.passes or "").split(",") if p))
+        self.optimizer = _optimizer(options.optimizer or "adamw") if self.train else None
+        inputs.arguments(self.inputs, self.batch or 1)  # bad ones are found before a model is built
+        self.make = _imported(self.target, module, name)
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        from memopt.estimate import fake_model, real_model
+
+        return real_model(self.make, self.device) if self.real else fake_model(self.make)
+
+    def profile(self, batch: int | None = None, passes: Sequence[Any] = ()) -> MemoryReport:
+        from torch import Tensor
+        from torch.utils._pytree import tree_map_only
+
+        from memopt.estimate import the_mode
+        from memopt.memory.profiler import profile
+
+        model, optimizer = self.model, self._made_optimizer()
+        with contextlib.nullcontext() if self.real else the_mode():
+            call = inputs.arguments(self.inputs, self.batch if batch is None else batch)
+        if self.real:
+            call = tree_map_only(Tensor, lambda t: t.to(self.device), call)
+        return profile(
+            model,
+            call,
+            train=self.train,
+            optimizer=optimizer,
+            device=self.device,
+            passes=[*self.passes, *passes],
+            real=self.real,
+        )
+
+    def _made_optimizer(self) -> torch.optim.Optimizer | None:
+        if self.optimizer is None:
+            return None
+        try:
+            made: torch.optim.Optimizer = self.optimizer(self.model.parameters())
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"--optimizer {self.optimizer.__name__.lower()}: {error}. Choose another, or none"
+            ) from None
+        return made
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"--batch-size must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def _optimizer(name: str) -> Callable[..., Any] | None:
+    import torch
+
+    if name.lower() == "none":
+        return None
+    # LBFGS wants a closure, SparseAdam sparse gradients.
+    known = {
+        n.lower(): cls
+        for n, cls in vars(torch.optim).items()
+        if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and n not in ("LBFGS", "SparseAdam")
+    }
+    del known["optimizer"]
+    if name.lower() not in known:
+        raise InputError(f"--optimizer {name!r} is none of {', '.join(sorted(known))}, none")
+    return known[name.lower()]
+
+
+def _imported(target: str, module: str, name: str) -> Callable[[], nn.Module]:
+    """A function that calls the factory and checks what it returns."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as python -m does
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # a package that the module needs
+        raise InputError(f"{target}: there is no module {error.name!r} in this folder or among the packages") from None
+    except MemoptError:
+        raise
+    except Exception as error:
+        raise InputError(f"{target}: {module} cannot be imported: {_told(error)}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise InputError(f"{target}: {getattr(found, '__name__', module)} has no {part!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise InputError(f"{target} is no function or class, but a {type(found).__name__}")
+
+    def make() -> nn.Module:
+        from torch import nn
+
+        try:
+            model = found()
+        except MemoptError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{target}() failed: {_told(error)}. It is called without arguments; wrap it in a function that gives "
+                "those it needs"
+            ) from error
+        if not isinstance(model, nn.Module):
+            raise InputError(f"{target}() must return a torch.nn.Module; it returned a {type(model).__name__}")
+        return model
+
+    return make
+
+
+def _told(error: Exception) -> str:
+    """An error with the line it comes from."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    here = "" if last.filename == __file__ else f" ({last.filename}:{last.lineno})"
+    return f"{type(error).__name__}: {error}{here}"
+
+
+@contextlib.contextmanager
+def working(text: str) -> Iterator[Callable[[str], None]]:
+    """Say what goes on, on a terminal; yields a function that says something else."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status(text) as status:
+        yield status.update
