@@ -373,9 +373,9 @@ def test_third_party_passes_come_from_entry_points(model, tmp_path, monkeypatch)
         with pytest.raises(MemoptError, match=re.escape("(acme_passes:dataclass) must name a memopt.Pass subclass")):
             memopt.apply(model, ["whatever"])
     finally:
-        from memopt import core
+        from memopt import registry
 
-        core._REGISTRY.pop("acme", None)
+        registry._REGISTRY.pop("acme", None)
         sys.modules.pop("acme_passes", None)
 
 

@@ -138,8 +138,8 @@ def test_fake_and_true_steps_count_the_same_at_batch_1():
 
 
 # MemTracker's hooks on modules want a graph of each input that needs a gradient, which the legacy checkpoint function
-# does not give, and a gradient for each parameter.
-MEM_TRACKER_FAILS = ("guided_unet", "guided_unet_legacy", "frozen_stem")
+# does not give, and a gradient for each parameter. The last one takes another branch from one run to the next.
+MEM_TRACKER_FAILS = ("guided_unet", "guided_unet_legacy", "frozen_stem", "data_dependent")
 
 
 @pytest.mark.parametrize("case", [case for case in ZOO.values() if case.name not in MEM_TRACKER_FAILS], ids=str)
