@@ -17,7 +17,7 @@ import memopt
 from memopt.cli import main
 from memopt.errors import DoesNotFit, InputError
 from memopt.estimate import at_batch, profile_recipe
-from memopt.memory import MemoryReport, max_batch
+from memopt.memory import MemoryReport, limit, max_batch
 from memopt.memory.ledger import Ledger
 from memopt.recipe import load_recipe
 from memopt.training import Trainer
@@ -389,6 +389,33 @@ def test_max_batch_agrees_with_trying_all(tiny):
         assert (fit.peak, fit.beyond) == (peaks[fit.batch], peaks[fit.batch + 1])
         assert fit.peak <= fit.budget < fit.beyond
         assert fit.points == {n: peaks[n] for n in fit.points}
+
+
+@pytest.mark.parametrize("passes", [[], ["checkpoint"]], ids=["plain", "checkpoint"])
+@pytest.mark.parametrize("budget", ["500KiB", "1MiB", "2500KiB"])
+def test_the_answer_of_max_batch_fits_in_true_steps_and_one_more_does_not(budget, passes):
+    def work(batch):
+        blocks = [nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(2)]
+        model = nn.Sequential(*blocks)
+        return model, torch.randn(batch, 32), torch.optim.AdamW(model.parameters())
+
+    def peak(batch):
+        model, x, optimizer = work(batch)
+        return memopt.profile(model, x, optimizer=optimizer, passes=passes)
+
+    def steps(batch):
+        model, x, optimizer = work(batch)
+        memopt.apply(model, passes)
+        with limit(budget, model, optimizer, x):
+            for _ in range(2):
+                model(x).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    found = max_batch(peak, budget)
+    steps(found.batch)
+    with pytest.raises(torch.OutOfMemoryError):
+        steps(found.batch + 1)
 
 
 def test_max_batch_of_a_model():
