@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memopt
 from memopt.errors import InputError, MemoptError
-from memopt.memory import CATEGORIES, MemoryReport, limit, moved
+from memopt.memory import CATEGORIES, MemoryReport, moved
 from memopt.memory.ledger import Ledger, active
 from memopt.memory.tracker import Tracker
 from tests.zoo import ZOO, loss_of
@@ -377,6 +377,12 @@ def test_the_tracker_keeps_nothing_alive():
         (torch.zeros(3, 8), {"loss": "mse"}, "loss must be a function of the model's output, not a str"),
         (torch.zeros(3, 8), {"device": "tpu"}, "a profile speaks of 'cpu' or 'cuda'"),
         (torch.zeros(3, 8), {"device": "cuda", "real": True}, r"runs where the model is \(cpu\), not on 'cuda'"),
+        (torch.zeros(3, 8), {"rounding": -5}, "rounding is a number of bytes, at least 1, not -5"),
+        (
+            torch.zeros(3, 8),
+            {"optimizer": torch.optim.SGD(Two().parameters())},
+            "has none of the parameters of this Two",
+        ),
         (torch.zeros(3, 8), {"optimizer": "adamw"}, "optimizer must be a torch.optim.Optimizer, not a str"),
     ],
 )
@@ -414,82 +420,75 @@ def test_gradients_set_to_zero_live_through_the_next_step():
     assert all(p.grad is None for p in model.parameters())
 
 
-# --- limit ------------------------------------------------------------------------------------------------------------
+def test_devices_and_passes_in_any_form():
+    model, x = Tower(2, again=False), torch.randn(3, 8)
+    for device in ("cpu", torch.device("cpu"), "cuda:0", torch.device("cuda")):
+        assert memopt.profile(model, x, device=device).device == torch.device(device).type
+    assert memopt.profile(model, x, passes="checkpoint").passes == ("checkpoint()",)
+    assert memopt.profile(model, x, passes={"amp": {}}).passes == ("amp()",)
 
 
-def step(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    model(x).mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+def test_a_profile_inside_no_grad_and_inference_mode():
+    model, x = Two(), torch.randn(3, 8)
+    plain = memopt.profile(model, x)
+    for around in (torch.no_grad, torch.inference_mode):
+        for real in (False, True):
+            with around():
+                assert memopt.profile(model, x, real=real).timeline == plain.timeline
 
 
-def test_the_predicted_peak_fits_and_one_byte_less_does_not():
-    model, x = Tower(3, again=True), torch.randn(30, 8)
-    optimizer = torch.optim.AdamW(model.parameters())
-    peak = memopt.profile(model, x, optimizer=optimizer).peak
-    for _ in range(2):  # the second has optimizer states
-        with limit(peak, model, optimizer, x) as device:
-            step(model, x, optimizer)
-    assert device.peak == peak
-    with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\. Tried to allocate .* At aten"):  # noqa: SIM117
-        with limit(peak - 1, model, optimizer, x):
-            step(model, x, optimizer)
-    optimizer.zero_grad()
-    with limit(peak, model, optimizer, x):  # and the model still works
-        step(model, x, optimizer)
+def test_other_threads_are_not_counted():
+    """Hooks on modules and saved tensors hold in all threads."""
+    model, x = Two(), torch.randn(3, 8)
+    alone = memopt.profile(model, x, real=True)
+    stop = threading.Event()
+
+    def work() -> None:
+        other, y = Two(128), torch.randn(4, 128)
+        while not stop.is_set():
+            with saved_tensors_hooks(lambda t: t, lambda t: t):
+                other(y).sum().backward()
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(10):
+            assert memopt.profile(model, x, real=True).timeline == alone.timeline
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
-def test_a_refused_result_is_not_kept_by_the_error():
-    with limit("1KiB") as device:
-        x = torch.zeros(200)
-        with pytest.raises(
-            torch.OutOfMemoryError, match=r"allocate 800 B\. .* capacity of 1.00 KiB of which 224 B is free\. 800"
-        ):
-            torch.zeros(200)
-        assert device.total == 800
-        try:
-            x + 1
-        except torch.OutOfMemoryError:
-            assert device.total == 800  # although the error and its traceback are alive
-        del x
-        torch.zeros(256)
-        with pytest.raises(torch.OutOfMemoryError):
-            torch.zeros(1).untyped_storage().resize_(2000)
-        assert device.total == 0
+def test_profiles_in_several_threads_leave_nothing_patched():
+    enter = saved_tensors_hooks.__enter__
+    peaks, x = [], torch.randn(3, 8)
 
+    def work() -> None:
+        for _ in range(5):
+            peaks.append(memopt.profile(Two(), x).peak)
 
-def test_what_is_held_counts_from_the_start():
-    model = Two()
-    size = 2 * 8 * 16 * F4
-    with limit(size, model) as device:
-        assert device.total == size
-    with pytest.raises(torch.OutOfMemoryError, match="Before any operation"), limit(size - 1, model):
-        pass
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(peaks) == 15
+    assert len(set(peaks)) == 1
+    assert saved_tensors_hooks.__enter__ is enter
     assert active() == ()
 
 
-@pytest.mark.parametrize("budget", ["8 potatoes", "", "-1GiB", "GiB", 0, -5, float("nan"), None, True, "1e400"])
-def test_budgets_that_are_none(budget):
-    with pytest.raises(InputError, match="budget"):
-        limit(budget)
-
-
-def test_limit_refuses_what_it_cannot_count():
-    with pytest.raises(InputError, match="not a object"):
-        limit("1GiB", object())
-
-
-def test_other_libraries_take_the_error_for_what_it_says():
-    from accelerate.utils import find_executable_batch_size
-
-    tried = []
-
-    @find_executable_batch_size(starting_batch_size=64)
-    def run(batch_size: int) -> int:
-        tried.append(batch_size)
-        torch.zeros(batch_size)
-        return batch_size
-
-    with limit(100):
-        assert run() <= 25
-    assert tried[0] == 64
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_sparse_tensors_count_all_their_parts():
+    with Ledger() as ledger:
+        x = torch.eye(10).to_sparse()
+        assert ledger.total == 10 * 2 * 8 + 10 * F4
+        y = x.to_sparse_csr()
+        assert ledger.total > 2 * (10 * 8 + 10 * F4)
+        del x, y
+    assert ledger.total == 0
+    embedding = nn.Embedding(100, 8, sparse=True)
+    report = memopt.profile(embedding, torch.tensor([1, 2, 3]), real=True)
+    assert {name: column[-1] for name, column in report.timeline.bytes.items()}["gradients"] == 3 * 8 + 3 * 8 * F4

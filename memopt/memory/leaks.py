@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from memopt.memory.ledger import PARTS
 from memopt.units import format_bytes
 
 SAVED, NODES, UNSEEN = "saved for backward", "autograd graph nodes", "CUDA memory outside of Python's tensors"
@@ -46,13 +47,6 @@ FREE = 12
 SHARE = 0.01
 """Part of the time that censuses may take otherwise."""
 _HISTORY = 50
-_PARTS = {  # the tensors that a sparse one is made of
-    torch.sparse_coo: ("_indices", "_values"),
-    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
-    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
-    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
-    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
-}
 _raw_names: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
 
 
@@ -185,8 +179,8 @@ def _storages(tensor: Tensor) -> list[tuple[Any, int]]:
     if hasattr(type(tensor), "__tensor_flatten__"):
         return []
     parts: Iterable[Tensor] = (tensor,)
-    if tensor.layout in _PARTS:
-        parts = [getattr(tensor, name)() for name in _PARTS[tensor.layout]]
+    if tensor.layout in PARTS:
+        parts = [getattr(tensor, name)() for name in PARTS[tensor.layout]]
     elif tensor.layout is torch._mkldnn:  # type: ignore[attr-defined]
         return [(id(tensor), tensor.numel() * tensor.element_size())]
     found = []

@@ -21,7 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from memopt.errors import InputError
 
 _ADD = torch.ops.aten.add.Tensor
 _LIFT = torch.ops.aten.lift_fresh.default
@@ -36,7 +39,8 @@ class Record:
 
     def __init__(self, key: int, tensor: Tensor, tier: str, op: str) -> None:
         self.key = key
-        self.shape, self.dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        self.shape = () if tensor.is_nested else tuple(tensor.shape)
+        self.dtype = str(tensor.dtype).removeprefix("torch.")
         self.tier = tier
         self.op = op
         """The operation that made it; empty if it was there before."""
@@ -62,11 +66,14 @@ class Ledger(TorchDispatchMode):
     Args:
         rounding: count each storage as a multiple of so many bytes; the CUDA allocator's is 512.
         device: the type of the device to account for. Storages on another one count for the tier of that name.
+        fakes: count fake tensors, which otherwise count nothing.
     """
 
-    def __init__(self, *, rounding: int = 1, device: str = "cpu") -> None:
+    def __init__(self, *, rounding: int = 1, device: str = "cpu", fakes: bool = False) -> None:
         super().__init__()
-        self.rounding, self.device = rounding, device
+        if isinstance(rounding, bool) or not isinstance(rounding, int) or rounding < 1:
+            raise InputError(f"rounding is a number of bytes, at least 1, not {rounding!r}")
+        self.rounding, self.device, self.fakes = rounding, device, fakes
         self.live: dict[int, Record] = {}
         self.total = 0
         self.peak = 0
@@ -78,13 +85,12 @@ class Ledger(TorchDispatchMode):
         self.func: Any = None
         """The operation that runs."""
 
-    def see(self, tensor: Tensor, op: str = "") -> Record | None:
-        """The record of a tensor's (first) storage, counted from now on if it was not; None without a storage."""
-        first = None
-        for part in _plain(tensor):
-            record = self._see(part, op)
-            first = first or record
-        return first
+    def see(self, tensor: Tensor, op: str = "") -> list[Record]:
+        """The records of a tensor's storages, counted from now on if they were not; usually one.
+
+        Wrapper subclasses and sparse tensors have several.
+        """
+        return [record for part in parts_of(tensor) if (record := self._see(part, op)) is not None]
 
     def _see(self, tensor: Tensor, op: str) -> Record | None:
         try:
@@ -95,7 +101,7 @@ class Ledger(TorchDispatchMode):
         record = self.live.get(key)
         if record is None:
             kind = tensor.device.type
-            if kind == "meta":
+            if kind == "meta" or (not self.fakes and isinstance(tensor, FakeTensor)):
                 return None
             record = Record(key, tensor, "device" if kind == self.device else kind, op)
             self._watch(record, storage, key)
@@ -130,12 +136,16 @@ class Ledger(TorchDispatchMode):
 
     def place(self, tensor: Tensor, tier: str) -> None:
         """Account for a tensor's storage under a tier: ``device``, ``cpu``, ``disk``."""
-        record = self.see(tensor)
-        if record is not None and record.tier != tier:
-            size = record.size
-            self._resize(record, 0)
-            record.tier = tier
-            self._resize(record, size)
+        for record in self.see(tensor):
+            if record.tier != tier:
+                size = record.size
+                self._resize(record, 0)
+                record.tier = tier
+                self._resize(record, size)
+                self.placed(record)
+
+    def placed(self, record: Record) -> None:
+        """For subclasses: a storage has moved to another tier."""
 
     def born(self, record: Record) -> None:
         """For subclasses: a storage was seen for the first time; its bytes come with ``changed``."""
@@ -256,13 +266,23 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(tuple(value.values()))
 
 
-def _plain(tensor: Tensor) -> Iterable[Tensor]:
+PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+}
+"""The methods that give the tensors which a sparse one is made of, by layout."""
+
+
+def parts_of(tensor: Tensor) -> Iterable[Tensor]:
     """The tensors that hold a tensor's data: itself, or the inner ones of a wrapper subclass or a sparse layout."""
     if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
-        return [inner for name in names for inner in _plain(getattr(tensor, name))]
-    if tensor.layout is torch.sparse_coo:
-        return (tensor._indices(), tensor._values())
+        return [inner for name in names for inner in parts_of(getattr(tensor, name))]
+    if tensor.layout in PARTS:
+        return [getattr(tensor, name)() for name in PARTS[tensor.layout]]
     return (tensor,)
 
 

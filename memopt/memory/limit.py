@@ -7,7 +7,7 @@ is raised, so that nothing of it stays in memory or in the traceback.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,20 +43,28 @@ class limit(Ledger):
         super().__init__(rounding=rounding, device=device)
         self.capacity = parse_bytes(budget, "budget")
         self._wanted = 0
+        self._most = 0  # that fitted
         self._held = list(_tensors(holding))
 
     def changed(self, record: Record, change: int) -> None:
-        if change > 0 and record.tier == "device" and self.total > self.capacity:
+        if self.total <= self.capacity:
+            self._most = max(self._most, self.total)
+        elif change > 0 and record.tier == "device":
             self._wanted += change
 
     def check(self) -> None:
         if self._wanted:
             wanted, self._wanted = self._wanted, 0
-            free = max(0, self.capacity - (self.total - wanted))
+            self.peak = self._most
+            used = self.total - wanted
+            free = max(0, self.capacity - used)
+            show = format_bytes
+            if show(wanted) == show(free):  # would look as if it fitted
+                show = "{} B".format
             raise torch.OutOfMemoryError(
-                f"CUDA out of memory. Tried to allocate {format_bytes(wanted)}. The GPU that memopt.memory.limit "
-                f"simulates has a total capacity of {format_bytes(self.capacity)} of which {format_bytes(free)} is "
-                f"free. {format_bytes(self.total - wanted)} is in use by tensors. "
+                f"CUDA out of memory. Tried to allocate {show(wanted)}. The GPU that memopt.memory.limit simulates has "
+                f"a total capacity of {format_bytes(self.capacity)} of which {show(free)} is free. "
+                f"{format_bytes(used)} is in use by tensors. "
                 + (f"At {self.func}." if self.func else "Before any operation.")
             )
 
@@ -80,7 +88,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors([list(state.values()) for state in value.state.values()])
     elif isinstance(value, Mapping):
         yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
         for item in value:
             yield from _tensors(item)
     elif not isinstance(value, (bool, int, float, str, type(None))):

@@ -33,6 +33,7 @@ from memopt.registry import Pass
 from memopt.reports import Saving
 
 Loss = Callable[[Any], Tensor]
+SCRATCH = "Memory that an operation takes and frees inside itself is not counted."
 
 
 @dataclass
@@ -62,7 +63,7 @@ def profile(
     train: bool = True,
     loss: Loss | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     passes: Sequence[Any] = (),
     real: bool = False,
     rounding: int | None = None,
@@ -100,6 +101,10 @@ def profile(
         raise InputError(f"loss must be a function of the model's output, not a {type(loss).__name__}")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise InputError(f"optimizer must be a torch.optim.Optimizer, not a {type(optimizer).__name__}")
+    if optimizer is not None:
+        own = {id(p) for p in model.parameters()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise InputError(f"the optimizer has none of the parameters of this {type(model).__name__}")
     call = arguments(model, inputs)
     if optimizer is None and train:
         optimizer = next(iter(core.active_passes(model).optimizers), None)
@@ -142,7 +147,7 @@ def profile_work(
     *,
     train: bool,
     inputs: str,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     passes: Sequence[Any] = (),
     real: bool = False,
     rounding: int | None = None,
@@ -151,13 +156,14 @@ def profile_work(
     """As :func:`profile`, for a step that the caller describes; ``inputs`` is what the report says of it."""
     began = time.perf_counter()
     placed = {t.device.type for t in work.model.parameters()} or {"cpu"}
-    kind = device or ("cpu" if "meta" in placed else sorted(placed)[-1])
-    if kind not in ("cpu", "cuda"):
-        raise InputError(f"device {kind!r}: a profile speaks of 'cpu' or 'cuda'")
+    kind = _kind(device) if device is not None else "cpu" if "meta" in placed else sorted(placed)[-1]
     if real and {kind} != placed:
         raise InputError(f"a real profile runs where the model is ({', '.join(sorted(placed))}), not on {kind!r}")
-    rounding = rounding or (512 if kind == "cuda" else 1)
-    run, tracker = (_on_the_model if real else _on_fakes)(work, train, kind, passes, rounding)
+    if rounding is None:
+        rounding = 512 if kind == "cuda" else 1
+    passes = [passes] if isinstance(passes, (str, Mapping, Pass)) else list(passes)
+    with torch.inference_mode(False):
+        run, tracker = (_on_the_model if real else _on_fakes)(work, train, kind, passes, rounding)
     story = tell(tracker, run.work.model, waits=waits)
     timeline = story.timeline
     in_op = story.peak_op >= 0
@@ -184,7 +190,7 @@ def profile_work(
         modules=story.modules,
         skips=story.skips,
         timeline=timeline,
-        assumptions=run.assumptions,
+        assumptions=run.assumptions if kind == "cuda" and not real else (SCRATCH, *run.assumptions),
         seconds=time.perf_counter() - began,
     )
 
@@ -200,6 +206,7 @@ class _Run:
     rounding: int
     values: Callable[[], Any] = contextlib.nullcontext
     """Entered around the optimizer's step, which on fake tensors asks for values."""
+    fakes: bool = False
     passes: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
 
@@ -213,7 +220,7 @@ class _Run:
             # A step starts with the gradients that the optimizer's zero_grad leaves, which are usually none.
             for tensor in (*_leaves(work.batch), *(() if work.optimizer else work.model.parameters())):
                 tensor.grad = None
-            tracker = Tracker(work.model, rounding=self.rounding, device=self.device)
+            tracker = Tracker(work.model, rounding=self.rounding, device=self.device, fakes=self.fakes)
             with tracker, contextlib.ExitStack() as stack:
                 tracker.own_model()
                 if work.optimizer is not None:
@@ -277,7 +284,7 @@ def _on_fakes(work: Work, train: bool, kind: str, passes: Sequence[Any], roundin
                 "Profile it on true tensors: real=True, or --real."
             ) from error
     corrected = fake.Corrected()
-    run = _Run(twin, train, "cpu", rounding, values=corrected.answering)
+    run = _Run(twin, train, "cpu", rounding, values=corrected.answering, fakes=True)
     with mode, corrected, contextlib.ExitStack() as stack:
         notes = stack.enter_context(cuda.kernels()) if kind == "cuda" else ()
         kept = core.apply(twin.model, active.passes, optimizer=optimizers or None, missing="skip")
@@ -335,6 +342,16 @@ def _line_of(error: BaseException) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line}"
 
 
+def _kind(device: str | torch.device) -> str:
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r}: a profile speaks of 'cpu' or 'cuda'")
+    return kind
+
+
 def default_loss(output: Any) -> Tensor:
     """The output's own ``loss`` if it has one, else the mean over all floating tensors in it, added up.
 
@@ -369,7 +386,10 @@ def arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str,
         args, kwargs = tuple(inputs), {}
     else:
         args, kwargs = (inputs,), {}
-    signature = inspect.signature(model.forward)
+    try:
+        signature = inspect.signature(model.forward)
+    except ValueError:  # traced and scripted modules
+        return args, kwargs
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:

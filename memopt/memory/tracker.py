@@ -18,6 +18,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as optim
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from memopt.memory.ledger import Ledger, Record, sole_holders
 
@@ -59,14 +61,14 @@ class Trace:
 class _Kept:
     """A tensor that autograd keeps, while it keeps it."""
 
-    __slots__ = ("record", "tensor", "tracker", "version")
+    __slots__ = ("records", "tensor", "tracker", "version")
 
-    def __init__(self, tracker: Tracker, record: Record | None, tensor: Tensor, version: int) -> None:
-        self.tracker, self.record, self.tensor, self.version = tracker, record, tensor, version
+    def __init__(self, tracker: Tracker, records: list[Record], tensor: Tensor, version: int) -> None:
+        self.tracker, self.records, self.tensor, self.version = tracker, records, tensor, version
 
     def __del__(self) -> None:
-        if self.record is not None:
-            self.tracker.event(self.record, KEEP, -1)
+        for record in self.records:
+            self.tracker.event(record, KEEP, -1)
 
 
 class Tracker(Ledger):
@@ -74,11 +76,11 @@ class Tracker(Ledger):
 
     Args:
         model: the model whose modules are named.
-        rounding, device: as for :class:`Ledger`.
+        rounding, device, fakes: as for :class:`Ledger`.
     """
 
-    def __init__(self, model: nn.Module, *, rounding: int = 1, device: str = "cpu") -> None:
-        super().__init__(rounding=rounding, device=device)
+    def __init__(self, model: nn.Module, *, rounding: int = 1, device: str = "cpu", fakes: bool = False) -> None:
+        super().__init__(rounding=rounding, device=device, fakes=fakes)
         self.events: list[tuple[int, Record, int, Any]] = []
         self.names: list[str] = []
         """Name of each operation."""
@@ -102,10 +104,10 @@ class Tracker(Ledger):
     def own(self, named: Iterable[tuple[str, Tensor]], label: str) -> None:
         """Label storages, from their birth on, as parameters, buffers, gradients or optimizer states."""
         for name, tensor in named:
-            record = self.see(tensor)
-            if record is not None and record.trace.label != label:
-                record.trace.label = label
-                record.module = name.rpartition(".")[0]
+            for record in self.see(tensor):
+                if record.trace.label != label:
+                    record.trace.label = label
+                    record.module = name.rpartition(".")[0]
 
     def own_model(self) -> None:
         """Label what the model holds."""
@@ -137,7 +139,7 @@ class Tracker(Ledger):
 
     def end_forward(self, result: Any = None) -> None:
         """Forward is over: what is alive now and belongs to nobody waits for backward. ``result`` is the caller's."""
-        ours = {r.key for t in _leaves(result) if (r := self.see(t)) is not None}
+        ours = {record.key for tensor in _leaves(result) for record in self.see(tensor)}
         for record in self.live.values():
             trace = record.trace
             if not trace.label and record.phase == "forward" and record.key not in ours:
@@ -162,21 +164,19 @@ class Tracker(Ledger):
     def changed(self, record: Record, change: int) -> None:
         self.event(record, BYTES, record.bytes)
 
-    def place(self, tensor: Tensor, tier: str) -> None:
-        record = self.see(tensor)
-        if record is not None and record.tier != tier:
-            super().place(tensor, tier)
-            self.event(record, TIER, tier)
+    def placed(self, record: Record) -> None:
+        self.event(record, TIER, record.tier)
 
     def begin(self, func: Any) -> None:
         self.names.append(func._schema.name.replace("::", "."))
         self.paths.append(self._path if self._stack else self._backward_path())
 
     def use(self, tensor: Tensor) -> None:
-        record = self.see(tensor)
-        if record is None or self.phase_name != "forward":
-            return
-        trace = record.trace
+        for record in self.see(tensor):
+            if self.phase_name == "forward":
+                self._used(record.trace)
+
+    def _used(self, trace: Trace) -> None:
         if trace.leaf >= 0 and self._leaves - trace.leaf > trace.waits:
             trace.waits = self._leaves - trace.leaf
             trace.from_op, trace.end, trace.user = trace.used, self.ops - 1, self._path
@@ -184,7 +184,13 @@ class Tracker(Ledger):
 
     # --- modules -------------------------------------------------------------------------------------------------
 
+    def here(self) -> bool:
+        """Whether the tracker is active in this thread; hooks on modules and optimizers are called in all of them."""
+        return any(mode is self for mode in _get_current_dispatch_mode_stack())
+
     def _enter_module(self, module: nn.Module, args: Any) -> None:
+        if not self.here():
+            return
         self._path = self._path_of.get(id(module), self._path)
         self._stack.append((id(module), self._path))
         self._mark()
@@ -195,6 +201,8 @@ class Tracker(Ledger):
                 self.own([(f"{self._path}.{name}", parameter)], "parameters")
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.here():
+            return
         while self._stack and self._stack.pop()[0] != id(module):
             pass  # a module that was left by an exception
         self._path = self._stack[-1][1] if self._stack else ""
@@ -218,27 +226,28 @@ class Tracker(Ledger):
     # --- kept for backward ---------------------------------------------------------------------------------------
 
     def _pack(self, tensor: Tensor) -> _Kept:
-        record = self.see(tensor)
-        if record is not None:
+        records = self.see(tensor)
+        for record in records:
             self.event(record, KEEP, 1)
         with self.hush():
-            return _Kept(self, record, tensor.detach(), tensor._version)  # the tensor itself would be a cycle
+            return _Kept(self, records, tensor.detach(), tensor._version)  # the tensor itself would be a cycle
 
     def _unpack(self, kept: _Kept) -> Tensor:
         if kept.tensor._version != kept.version:  # autograd's own check, which hooks switch off
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{tuple(kept.tensor.shape)} made in {kept.record.module if kept.record else '?'!r} is at version "
+                f"{tuple(kept.tensor.shape)} made in {kept.records[0].module if kept.records else '?'!r} is at version "
                 f"{kept.tensor._version}; expected version {kept.version}"
             )
         return kept.tensor
 
-    def _packed_by_others(self, pack: Any, tensor: Tensor) -> Any:
+    def packed_by_others(self, pack: Any, tensor: Tensor) -> Any:
+        """Pack a tensor with somebody else's hook, and count what it keeps instead."""
         packed = pack(tensor)
         for kept in _leaves(packed):
-            record = self.see(kept)
-            if record is not None and not record.trace.label:
-                self.event(record, STICK, 0)
+            for record in self.see(kept):
+                if not record.trace.label:
+                    self.event(record, STICK, 0)
         return packed
 
     @contextlib.contextmanager
@@ -257,7 +266,7 @@ class Tracker(Ledger):
         with contextlib.ExitStack() as stack:
             stack.callback(nn_module.register_module_forward_pre_hook(self._enter_module).remove)
             stack.callback(nn_module.register_module_forward_hook(self._leave_module, always_call=True).remove)
-            after = optim.register_optimizer_step_post_hook(lambda o, *_: self.own_states(o))
+            after = optim.register_optimizer_step_post_hook(lambda o, *_: self.own_states(o) if self.here() else None)
             stack.callback(after.remove)
             for name, parameter in self._model.named_parameters():
                 if parameter.requires_grad and parameter.is_leaf:
@@ -286,25 +295,38 @@ class Tracker(Ledger):
             self._exit.close()
 
 
+_enter_hooks = saved_tensors_hooks.__enter__
+_OBSERVERS: list[Tracker] = []
+_LOCK = threading.Lock()
+
+
+@functools.wraps(_enter_hooks)
+def _enter_observed(hooks: saved_tensors_hooks) -> None:
+    tracker = next((tracker for tracker in reversed(_OBSERVERS) if tracker.here()), None)
+    if tracker is None:
+        _enter_hooks(hooks)
+        return
+    pack = hooks.pack_hook
+    hooks.pack_hook = functools.partial(tracker.packed_by_others, pack)
+    try:
+        _enter_hooks(hooks)
+    finally:
+        hooks.pack_hook = pack
+
+
 @contextlib.contextmanager
 def _observed_hooks(tracker: Tracker) -> Iterator[None]:
     """Let the tracker see what saved-tensor hooks that are entered inside keep."""
-    enter = saved_tensors_hooks.__enter__
-
-    @functools.wraps(enter)
-    def observed(hooks: saved_tensors_hooks) -> None:
-        pack = hooks.pack_hook
-        hooks.pack_hook = functools.partial(tracker._packed_by_others, pack)
-        try:
-            enter(hooks)
-        finally:
-            hooks.pack_hook = pack
-
-    saved_tensors_hooks.__enter__ = observed  # type: ignore[method-assign]
+    with _LOCK:
+        _OBSERVERS.append(tracker)
+        saved_tensors_hooks.__enter__ = _enter_observed  # type: ignore[method-assign]
     try:
         yield
     finally:
-        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+        with _LOCK:
+            _OBSERVERS.remove(tracker)
+            if not _OBSERVERS:
+                saved_tensors_hooks.__enter__ = _enter_hooks  # type: ignore[method-assign]
 
 
 def _leaves(value: Any) -> Iterator[Tensor]:
