@@ -1,6 +1,6 @@
 """The memory claims of the HAE V2 documents, checked by fake profiles of the full model (`brats128`, float32, AdamW).
 
-    python bench/claims.py            # prints the figures of docs/claims.md, about three minutes on 2 cores
+    python bench/claims.py            # prints the figures of docs/claims.md, about two minutes on one core
 
 Nothing here needs a GPU: the profiles count what a step on one would allocate (docs/profile.md says how). "Without the
 outer product" is the published remedy at its very best: every condition of the batch is dropped and the product of the
