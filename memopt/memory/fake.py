@@ -9,30 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
-from typing import Any
+import functools
+import itertools
+import types
+import weakref
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
 
-_aten = torch.ops.aten
-_VIEW = _aten.view.default
-_BINARY = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
-_WEIGHT_OF_NORM = {
-    _aten.native_layer_norm.default: 2,
-    _aten.native_group_norm.default: 1,
-    _aten.native_batch_norm.default: 1,
-    _aten._native_batch_norm_legit.default: 1,
-    _aten._native_batch_norm_legit.no_stats: 1,
-    _aten._batch_norm_with_update.default: 1,
-}
-"""Norms whose results begin with the output, the mean and its like, with the position of their weight."""
-_GROUP_NORM_BACKWARD = _aten.native_group_norm_backward.default
-_ITEM = _aten._local_scalar_dense.default
+from memopt.errors import InputError, MemoptError
 
 
 def new_mode() -> FakeTensorMode:
@@ -42,140 +34,177 @@ def new_mode() -> FakeTensorMode:
 
 def mode_of(model: nn.Module) -> FakeTensorMode | None:
     """The fake mode that a model was built in, or None."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
         if isinstance(tensor, FakeTensor):
             return tensor.fake_mode
     return None
 
 
-class _Copy(TorchFunctionMode):
-    """While active, ``copy.deepcopy`` and ``clone`` of a tensor give a fake one."""
+def active() -> bool:
+    """Whether tensors that are made now are fake."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def copy_of(value: Any, mode: FakeTensorMode, *models: nn.Module) -> Any:
+    """A deep copy on fake tensors of ``mode``; gradients are not copied. ``models`` are those inside ``value``.
+
+    Raises:
+        InputError: a module has not got its parameters yet.
+        MemoptError: a tensor is of a kind that has no fake twin.
+    """
+    return Copies(mode).of(value, *models)
+
+
+class Copies:
+    """Knows the fake twin of each tensor that it copied; makes one for any other."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
-        super().__init__()
         self.mode = mode
-        self.storages: dict[int, torch.UntypedStorage] = {}
-        self.alive: list[Any] = []  # so that no address is used twice
+        self.fakes = False
+        """Whether tensors were copied that had been fake already."""
+        self.hooked = 0
+        """Parameters with hooks, which the copies do not have."""
+        self._copies = WeakTensorKeyDictionary()
+        self._owned = WeakTensorKeyDictionary()
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._copied_storages: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+        self._alive: list[Any] = []  # so that no address is used twice
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__:
-            tensor, memo = args
-            made = memo[id(tensor)] = self.fake(tensor)
-            return made
-        if func is Tensor.clone:  # as nn.Parameter's __deepcopy__ does with its data
-            return self.fake(args[0])
-        return func(*args, **(kwargs or {}))
+    def of(self, value: Any, *models: nn.Module) -> Any:
+        """As :func:`copy_of`."""
+        tensors = []
+        for model in models:
+            for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+                if is_lazy(tensor):
+                    raise InputError(
+                        f"{name} of {type(model).__name__} gets its shape when the model is called: call the model "
+                        "once before it is profiled"
+                    )
+                tensors.append(tensor)
+                self.hooked += bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+        # A generator is copied through a tensor with its state, which must not be fake.
+        generators = (
+            g for m in models for s in m.modules() for g in vars(s).values() if isinstance(g, torch.Generator)
+        )
+        memo: dict[int, Any] = {id(g): g.clone_state() for g in generators}
+        with _Copying(self):
+            for tensor in tensors:
+                if isinstance(tensor, nn.Parameter):  # whose own __deepcopy__ calls the class, and whose class knows
+                    memo.setdefault(id(tensor), self.fake(tensor))
+            made = copy.deepcopy(value, memo)
+            # What deepcopy keeps alive is what it has copied; the list grows as attributes are copied.
+            for original in itertools.chain(tensors, memo.get(id(memo), ())):
+                if isinstance(original, (Tensor, torch.optim.Optimizer)) and id(original) in memo:
+                    _copy_attributes(original, memo[id(original)], memo)
+        for original in itertools.chain(tensors, memo.get(id(memo), ())):
+            if isinstance(original, Tensor) and id(original) in memo:
+                self._copies[original] = weakref.ref(memo[id(original)])
+                self.fakes |= isinstance(original, FakeTensor)
+        for tensor in tensors:
+            self._owned[tensor] = True
+        # From now on copies die as their owners drop them.
+        self._copied_storages.update(self._storages)
+        self._storages.clear()
+        return made
+
+    def owned(self, original: Tensor) -> bool:
+        """Whether it is a parameter or buffer of the models that were copied."""
+        return original in self._owned
+
+    def copied(self, original: Tensor) -> Tensor | None:
+        """The copy of a tensor, if it was copied and still exists."""
+        ref = self._copies.get(original)
+        return None if ref is None else cast("Tensor | None", ref())
 
     def fake(self, tensor: Tensor) -> Tensor:
         """A fake tensor of the same shape, strides and type, over the fake twin of its storage."""
         with torch._C.DisableTorchFunctionSubclass():
-            made = self._fake(tensor.detach()).requires_grad_(tensor.requires_grad)
+            made = self.plain(tensor).requires_grad_(tensor.requires_grad)
         if isinstance(tensor, nn.Parameter) and not isinstance(made, nn.Parameter):
             made = nn.Parameter(made, tensor.requires_grad)
+        if type(made) is FakeTensor and type(tensor) not in (Tensor, nn.Parameter, FakeTensor):
+            kind = type(tensor) if isinstance(tensor, FakeTensor) else _fake_class(type(tensor))
+            object.__setattr__(made, "__class__", kind)
         return made
 
-    def _fake(self, tensor: Tensor) -> Tensor:
-        plain = isinstance(tensor, FakeTensor) or type(tensor) in (Tensor, nn.Parameter)
-        if not plain or tensor.layout is not torch.strided:
-            return self.mode.from_tensor(tensor, static_shapes=True)
+    def plain(self, tensor: Tensor) -> Tensor:
+        """The same without the tensor's class and its wish for gradients."""
+        if is_traceable_wrapper_subclass(tensor):
+            return self.mode.from_tensor(tensor.detach(), static_shapes=True)
+        if tensor.layout is torch.sparse_coo:
+            with contextlib.nullcontext() if isinstance(tensor, FakeTensor) else no_dispatch():
+                indices, values, coalesced = tensor._indices(), tensor._values(), tensor.is_coalesced()
+            indices, values = self.plain(indices), self.plain(values)
+            with self.mode:
+                return torch.sparse_coo_tensor(
+                    indices, values, tensor.shape, is_coalesced=coalesced, check_invariants=False
+                )
+        if tensor.layout is not torch.strided or not is_plain(type(tensor)):
+            raise MemoptError(
+                f"a {type(tensor).__name__} of layout {tensor.layout} has no fake twin; profile it on true tensors: "
+                "real=True, or --real"
+            )
         storage = tensor.untyped_storage()
-        self.alive.append(storage)
         with self.mode:
-            twin = self.storages.get(storage._cdata)
-            if twin is None:
-                twin = torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
-                self.storages[storage._cdata] = twin
             made = torch.empty(0, dtype=tensor.dtype)
-            made.set_(twin, tensor.storage_offset(), tensor.size(), tensor.stride())
+            made.set_(self._storage(storage), tensor.storage_offset(), tensor.size(), tensor.stride())
             return made
 
-
-def copy_of(value: Any, mode: FakeTensorMode, *models: nn.Module) -> Any:
-    """A deep copy on fake tensors of ``mode``; gradients are not copied. ``models`` are those inside ``value``."""
-    generators = {
-        id(g): g
-        for model in models
-        for m in model.modules()
-        for g in vars(m).values()
-        if isinstance(g, torch.Generator)
-    }
-    with _Copy(mode):
-        # A generator is copied through a tensor with its state, which must not be fake.
-        return copy.deepcopy(value, {key: g.clone_state() for key, g in generators.items()})
+    def _storage(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        key = storage._cdata
+        twin = self._storages.get(key)
+        if twin is None:
+            twin = self._copied_storages.get(key)
+        if twin is None:
+            twin = self._storages[key] = torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
+            self._alive.append(storage)
+        return twin
 
 
-class Corrected(TorchDispatchMode):
-    """Where torch's predictions for fake tensors need help.
+class _Copying(TorchFunctionMode):
+    """While active, ``copy.deepcopy`` and ``clone`` of a tensor give a fake one."""
 
-    Norms of low-precision inputs with float32 weights keep their statistics in float32, and the gradient of a group
-    norm's input has the input's type. Views, and sums and products with numbers, get the strides that they truly have
-    in dimensions of size 1: these decide whether a tensor of batch 1 passes for channels-last, and so what copies it.
-    With ``scalars``, whoever asks for a value gets 1000: optimizers read their step counts, as late in a run.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, copies: Copies) -> None:
         super().__init__()
-        self.scalars = False
+        self.copies = copies
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _ITEM and self.scalars:
-            dtype = args[0].dtype
-            return dtype == torch.bool or (1000.0 if dtype.is_floating_point else 1000)
-        result = func(*args, **(kwargs or {}))
-        if func in _WEIGHT_OF_NORM:
-            out, mean, rstd, *more = result
-            weight = args[_WEIGHT_OF_NORM[func]]
-            if weight is not None and weight.dtype is torch.float32 and mean.dtype is not torch.float32:
-                return out, mean.float(), rstd.float(), *more
-        elif func is _GROUP_NORM_BACKWARD and result[0] is not None:
-            return result[0].to(args[1].dtype), *result[1:]
-        elif func is _VIEW and 1 in result.shape:
-            strides = _strides(args[0].shape, args[0].stride(), result.shape)
-            if strides is not None and strides != result.stride():
-                return result.as_strided(result.shape, strides, result.storage_offset())
-        elif func in _BINARY and 1 in result.shape and any(_shape(arg) != result.shape for arg in args):
-            with no_dispatch():  # torch.empty is told of no mode: its meta tensors are not fake
-                strides = func(*map(_meta, args), **(kwargs or {})).stride()
-            if strides != result.stride():
-                return torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device)
-        return result
-
-    @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
-        """Answer for values that are asked for inside."""
-        self.scalars = True
-        try:
-            yield
-        finally:
-            self.scalars = False
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__:
+            tensor, memo = args
+            made = memo[id(tensor)] = self.copies.fake(tensor)
+            return made
+        if func is Tensor.clone:  # as nn.Parameter's __deepcopy__ does with its data
+            return self.copies.fake(args[0])
+        return func(*args, **(kwargs or {}))
 
 
-def _shape(value: Any) -> torch.Size:
-    return value.shape if isinstance(value, Tensor) else torch.Size()
+def is_plain(kind: type[Tensor]) -> bool:
+    """Whether tensors of a class behave as any tensor does."""
+    function: Any = kind.__torch_function__
+    dispatch: Any = kind.__torch_dispatch__
+    as_usual = function is torch._C._disabled_torch_function_impl or (
+        getattr(function, "__func__", None) is getattr(Tensor.__torch_function__, "__func__", ())
+    )
+    return as_usual and (issubclass(kind, FakeTensor) or dispatch is Tensor.__torch_dispatch__)
 
 
-def _meta(value: Any) -> Tensor:
-    if not isinstance(value, Tensor):  # a number, whose type has no say in the strides
-        return torch.empty((), device="meta")
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+@functools.cache
+def _fake_class(kind: type[Tensor]) -> type[Tensor]:
+    """A class for fake tensors that pass for ``kind``; what operations make of them is plain."""
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    try:
+        made = types.new_class(kind.__name__, (FakeTensor, kind), {}, lambda namespace: namespace.update(names))
+    except TypeError:  # a layout of its own
+        return FakeTensor
+    return cast("type[Tensor]", made)
 
 
-def _strides(old: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> tuple[int, ...] | None:
-    """The strides of a view, as computeStride_impl in ATen/TensorUtils.cpp; None if there is no such view."""
-    if not old or not new or 0 in old:
-        return None
-    made = [0] * len(new)
-    at, base, size, filled = len(new) - 1, strides[-1], 1, 1
-    for d in reversed(range(len(old))):
-        size *= old[d]
-        if d and (old[d - 1] == 1 or strides[d - 1] == size * base):
-            continue  # the dimension before belongs to the same chunk of memory
-        while at >= 0 and (filled < size or new[at] == 1):
-            made[at] = filled * base
-            filled *= new[at]
-            at -= 1
-        if filled != size:
-            return None
-        if d:
-            base, size, filled = strides[d - 1], 1, 1
-    return tuple(made) if at == -1 else None
+def _copy_attributes(original: Any, made: Any, memo: dict[int, Any]) -> None:
+    """Copy what an object has besides, which ``copy.deepcopy`` leaves out for tensors and optimizers."""
+    for name, value in list(vars(original).items()):
+        # A step on the instance that is a function, as LR schedulers make it, would step the original.
+        if name in vars(made) or (name == "step" and isinstance(value, types.FunctionType)):
+            continue
+        with contextlib.suppress(Exception):  # what cannot be copied is shared
+            value = copy.deepcopy(value, memo)
+        vars(made)[name] = value

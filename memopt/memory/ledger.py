@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -84,6 +84,8 @@ class Ledger(TorchDispatchMode):
         """Operations so far."""
         self.func: Any = None
         """The operation that runs."""
+        self.twin: Callable[[Tensor], Tensor] | None = None
+        """What counts in place of a tensor, where operations are given something else."""
 
     def see(self, tensor: Tensor, op: str = "") -> list[Record]:
         """The records of a tensor's storages, counted from now on if they were not; usually one.
@@ -93,6 +95,8 @@ class Ledger(TorchDispatchMode):
         return [record for part in parts_of(tensor) if (record := self._see(part, op)) is not None]
 
     def _see(self, tensor: Tensor, op: str) -> Record | None:
+        if self.twin is not None:
+            tensor = self.twin(tensor)
         try:
             storage = tensor.untyped_storage()
             key = storage._cdata

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from memopt import core
 from memopt.errors import InputError, MemoptError
-from memopt.memory import cuda, fake
+from memopt.memory import corrections, cuda, fake
 from memopt.memory.report import MemoryReport
 from memopt.memory.restore import restored
 from memopt.memory.timeline import tell
@@ -112,7 +112,10 @@ def profile(
     def forward(model: nn.Module, batch: Any) -> Tensor | None:
         args, kwargs = batch
         output = model(*args, **kwargs)
-        return (loss or default_loss)(output) if train else None
+        if loss is None or not train:
+            return default_loss(output) if train else None
+        with _explained(model, f"loss failed on the output of {type(model).__name__}, {describe(output)}", True):
+            return loss(output)
 
     work = Work(model, call, forward, optimizer if train else None)
     return profile_work(
@@ -154,6 +157,7 @@ def profile_work(
     waits: int = 16,
 ) -> MemoryReport:
     """As :func:`profile`, for a step that the caller describes; ``inputs`` is what the report says of it."""
+    _check_steps(work.optimizer)
     began = time.perf_counter()
     placed = {t.device.type for t in work.model.parameters()} or {"cpu"}
     kind = _kind(device) if device is not None else "cpu" if "meta" in placed else sorted(placed)[-1]
@@ -207,6 +211,8 @@ class _Run:
     values: Callable[[], Any] = contextlib.nullcontext
     """Entered around the optimizer's step, which on fake tensors asks for values."""
     fakes: bool = False
+    twin: Callable[[Tensor], Tensor] | None = None
+    """What counts in place of a true tensor in a fake step."""
     passes: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
 
@@ -221,6 +227,7 @@ class _Run:
             for tensor in (*_leaves(work.batch), *(() if work.optimizer else work.model.parameters())):
                 tensor.grad = None
             tracker = Tracker(work.model, rounding=self.rounding, device=self.device, fakes=self.fakes)
+            tracker.twin = self.twin
             with tracker, contextlib.ExitStack() as stack:
                 tracker.own_model()
                 if work.optimizer is not None:
@@ -244,11 +251,12 @@ class _Run:
                 if tracker is not None:
                     tracker.end_forward(loss)
             if loss is not None:
-                with phase("backward"), _explained(work.model, "its backward"):
+                with phase("backward"), _explained(work.model, f"{type(work.model).__name__} failed in backward"):
                     loss.backward()
                     del loss
         if self.train and (work.optimizer is not None or work.after is not None):
-            with phase("optimizer"), self.values():
+            failed = f"the optimizer's part of a step of {type(work.model).__name__} failed"
+            with phase("optimizer"), self.values(), _explained(work.model, failed):
                 if work.before_step is not None:
                     work.before_step(work.model)
                 if work.optimizer is not None:
@@ -258,7 +266,8 @@ class _Run:
                     work.after(work.model)
 
     def _forward(self, part: Any) -> Tensor | None:
-        with _explained(self.work.model, describe(part), wrong_input=True):
+        failed = f"{type(self.work.model).__name__} failed when it was called with {describe(part)}"
+        with _explained(self.work.model, failed, wrong_input=True):
             loss = self.work.forward(self.work.model, part)
         if not self.train:
             return None
@@ -276,22 +285,25 @@ def _on_fakes(work: Work, train: bool, kind: str, passes: Sequence[Any], roundin
     mode = fake.mode_of(work.model) or fake.new_mode()
     with core.without_passes(work.model) as active:
         given = {id(o): o for o in (work.optimizer, *active.optimizers) if o is not None}
+        copies = fake.Copies(mode)
         try:
-            twin, optimizers = fake.copy_of((work, tuple(given.values())), mode, work.model, *work.extra)
+            twin, optimizers = copies.of((work, tuple(given.values())), work.model, *work.extra)
+        except MemoptError:
+            raise
         except Exception as error:
             raise MemoptError(
                 f"{type(work.model).__name__} cannot be copied onto fake tensors: {type(error).__name__}: {error}. "
                 "Profile it on true tensors: real=True, or --real."
             ) from error
-    corrected = fake.Corrected()
-    run = _Run(twin, train, "cpu", rounding, values=corrected.answering, fakes=True)
+    corrected = corrections.Corrected(copies)
+    run = _Run(twin, train, "cpu", rounding, values=corrected.answering, fakes=True, twin=corrected.twin)
     with mode, corrected, contextlib.ExitStack() as stack:
         notes = stack.enter_context(cuda.kernels()) if kind == "cuda" else ()
         kept = core.apply(twin.model, active.passes, optimizer=optimizers or None, missing="skip")
         added = core.apply(twin.model, list(passes), optimizer=optimizers or None)
         run.passes = tuple(map(str, (*kept.passes, *added.passes)))
         tracker = run.watch()
-        run.assumptions = tuple(notes)
+        run.assumptions = (*notes, *corrected.notes)
         return run, tracker
 
 
@@ -304,9 +316,24 @@ def _on_the_model(work: Work, train: bool, kind: str, passes: Sequence[Any], rou
             return run, run.watch()
 
 
+def _check_steps(optimizer: torch.optim.Optimizer | None) -> None:
+    if optimizer is None:
+        return
+    try:
+        inspect.signature(type(optimizer).step).bind(optimizer)  # not the instance's, which a scheduler may replace
+    except TypeError:
+        raise InputError(
+            f"a step of {type(optimizer).__name__} calls a closure that runs the model again, as often as it likes, "
+            "which a profile cannot foresee. Profile the model without an optimizer."
+        ) from None
+
+
 @contextlib.contextmanager
-def _explained(model: nn.Module, what: str, wrong_input: bool = False) -> Iterator[None]:
-    """Turn what a model raises on fake tensors, or on inputs it cannot take, into an error that says what to do."""
+def _explained(model: nn.Module, failed: str, wrong_input: bool = False) -> Iterator[None]:
+    """Turn what a step raises on fake tensors, or on inputs it cannot take, into an error that says what to do.
+
+    ``failed`` begins the message. ``wrong_input``: on true tensors, too, what was given is probably at fault.
+    """
     from torch._subclasses import fake_tensor
 
     values = (
@@ -325,17 +352,23 @@ def _explained(model: nn.Module, what: str, wrong_input: bool = False) -> Iterat
     except (MemoptError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if not wrong_input:
+        if "saved tensor hooks" in str(error):  # torch.func's transformations
+            raise MemoptError(
+                f"{type(model).__name__} cannot be profiled: {_line_of(error)} does what torch refuses while a "
+                f"profile watches what autograd saves ({error}). This is a limit of the profiler, not of the inputs."
+            ) from error
+        on_fakes = fake.active()
+        if not wrong_input and not on_fakes:
             raise
-        raise InputError(
-            f"{type(model).__name__} failed when it was called with {what}: {type(error).__name__}: {error} "
-            f"({_line_of(error)})"
+        more = " If the model runs with these inputs, profile true tensors: real=True, or --real." if on_fakes else ""
+        raise (InputError if wrong_input else MemoptError)(
+            f"{failed}: {type(error).__name__}: {error} ({_line_of(error)}).{more}"
         ) from error
 
 
 def _line_of(error: BaseException) -> str:
     """The line of the model's code that an error comes from: the innermost that is neither torch's nor ours."""
-    inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent), contextlib.__file__)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(inside)]
     if not frames:
         return "a line inside torch"
