@@ -11,9 +11,12 @@ profile as well.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +27,17 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
 
-from memopt.errors import InputError
+from memopt.errors import InputError, blaming
 from memopt.memory import fake
 from memopt.memory.profiler import Work, describe, profile_work
 from memopt.memory.report import MemoryReport
 from memopt.recipe import Recipe, TrainConfig, parse_passes
 
 Batch = dict[str, Any]
+MOST_ROWS = 1 << 24
+"""No larger batch of a recipe is profiled: what is no tensor in it is truly there."""
+MOST_ELEMENTS = 1 << 50
+"""No input has more; torch counts bytes in 64 bits."""
 
 
 def profile_recipe(
@@ -59,11 +66,22 @@ def profile_recipe(
         MemoptError: the recipe needs the values of tensors; the message names the line. Use ``real=True``.
     """
     kind = device or default_device()
-    sample = recipe.example(config, data, cache)
+    name = f"recipe {recipe.name}"
+    if config.batch_size > MOST_ROWS:
+        raise InputError(f"{name}: a batch of {config.batch_size:,} is larger than a profile takes ({MOST_ROWS:,})")
+    with blaming(f"{name}: example(...) failed"):
+        sample = recipe.example(config, data, cache)
     if not isinstance(sample, Mapping):
-        raise InputError(f"recipe {recipe.name}: example(...) must give a dictionary, not a {type(sample).__name__}")
-    model = real_model(lambda: recipe.model(config), kind) if real else fake_model(lambda: recipe.model(config))
-    batch = (_real_batch if real else _fake_batch)(recipe, config, sample)
+        raise InputError(f"{name}: example(...) must give a dictionary, not a {type(sample).__name__}")
+
+    def make() -> nn.Module:
+        with blaming(f"{name}: model(...) failed"):
+            made: nn.Module = recipe.model(config)
+        return made
+
+    model = real_model(make, kind) if real else fake_model(make)
+    with blaming(f"{name}: a batch of {config.batch_size:,} cannot be made"):
+        batch = (_real_batch if real else _fake_batch)(recipe, config, sample)
     if real:
         batch = tree_map_only(Tensor, lambda t: t.to(kind), batch)
     work = Work(model, batch, functools.partial(_forward, recipe, config))
@@ -71,14 +89,26 @@ def profile_recipe(
         _add_training(work, recipe, config, kind, real)
     texts = [f"{name}={describe(value)}" for name, value in batch.items() if isinstance(value, Tensor)]
     pieces = f"; microbatches of {config.microbatch}" if train and work.parts else ""
-    return profile_work(
-        work,
-        train=train,
-        inputs=", ".join(texts) + pieces,
-        device=kind,
-        passes=[*parse_passes(config.passes), *passes],
-        real=real,
-    )
+    with quiet():
+        return profile_work(
+            work,
+            train=train,
+            inputs=", ".join(texts) + pieces,
+            device=kind,
+            passes=[*parse_passes(config.passes), *passes],
+            real=real,
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch from logging the traceback of what fails on fake tensors: an error says it already."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def default_device() -> str:
@@ -104,7 +134,9 @@ def fake_model(make: Callable[[], nn.Module]) -> nn.Module:
         try:
             with the_mode():
                 model = make()
-        except Exception:  # if it is not for the values that it needs, it fails again
+        except Exception as error:  # if it is not for the values that it needs, it fails again
+            if "overflow" in str(error):  # of a size: do not try to allocate any such thing
+                raise
             model = make()
     if not isinstance(model, nn.Module):
         raise InputError(f"a profile needs a torch.nn.Module, not a {type(model).__name__}")
@@ -134,12 +166,19 @@ def _fake_batch(recipe: Recipe[Any], config: TrainConfig, sample: Mapping[str, A
 def _rows(recipe: Recipe[Any], name: str, two: Any, rows: int) -> Any:
     if isinstance(two, Tensor):
         if two.shape[:1] == (2,):
+            check_size((rows, *two.shape[1:]), f"recipe {recipe.name}: {name!r}")
             return torch.empty((rows, *two.shape[1:]), dtype=two.dtype)
     elif isinstance(two, (list, tuple)) and len(two) == 2:
         return [two[0]] * rows
     raise InputError(
         f"recipe {recipe.name}: {name!r} has not one row for each sample: for two samples it is {describe(two)}"
     )
+
+
+def check_size(shape: Sequence[int], what: str) -> None:
+    """Raises InputError if a tensor of that shape is absurdly large."""
+    if math.prod(shape) > MOST_ELEMENTS:
+        raise InputError(f"{what}: a tensor of {'x'.join(map(str, shape))} has more than 2**50 elements")
 
 
 def _forward(recipe: Recipe[Any], config: TrainConfig, model: nn.Module, part: Batch) -> Tensor:
@@ -157,7 +196,8 @@ def _add_training(work: Work, recipe: Recipe[Any], config: TrainConfig, device: 
     if config.ema_decay is not None and (config.ema_device == "model" or device == "cpu"):
         average = _average_of(work.model, config.ema_decay, real)
         work.extra, work.after = (average,), average.update_parameters
-    work.optimizer = recipe.optimizer(config, work.model)
+    with blaming(f"recipe {recipe.name}: optimizer(...) failed"):
+        work.optimizer = recipe.optimizer(config, work.model)
     if size is not None and size < config.batch_size:
         work.parts = lambda batch: [
             {name: value[start : start + size] for name, value in batch.items()}

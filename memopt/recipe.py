@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from memopt.config import build
-from memopt.errors import InputError
+from memopt.errors import InputError, blaming
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ def load_recipe(directory: str | Path) -> Recipe[Any]:
     """The recipe in ``directory``; its files may import each other relatively (``from .model import ...``).
 
     Raises:
-        InputError: no such folder, no recipe.py in it, or one that does not define ``recipe()`` returning a Recipe.
+        InputError: no such folder, no recipe.py in it, or one that fails or whose ``recipe()`` returns no Recipe.
     """
     folder = Path(directory).resolve()
     if not folder.is_dir():
@@ -163,21 +163,24 @@ def load_recipe(directory: str | Path) -> Recipe[Any]:
         assert spec is not None
         spec.submodule_search_locations = [str(folder)]
         sys.modules[package] = importlib.util.module_from_spec(spec)
+    file = folder / "recipe.py"
     try:
-        module = importlib.import_module(f"{package}.recipe")
+        with blaming(f"{file} cannot be imported"):
+            module = importlib.import_module(f"{package}.recipe")
     except ModuleNotFoundError as error:
         name = str(error.name).removeprefix(f"{package}.")
         if name != error.name:
-            raise InputError(f"{folder / 'recipe.py'} imports .{name}, which is not in that folder") from error
+            raise InputError(f"{file} imports .{name}, which is not in that folder") from error
         if (folder / f"{name}.py").is_file():
-            raise InputError(f"{folder / 'recipe.py'}: write `from .{name} import ...` for a file beside it") from error
+            raise InputError(f"{file}: write `from .{name} import ...` for a file beside it") from error
         raise
     make = getattr(module, "recipe", None)
     if not callable(make):
-        raise InputError(f"{folder / 'recipe.py'} does not define recipe()")
-    made = make()
+        raise InputError(f"{file} does not define recipe()")
+    with blaming(f"recipe() in {file} failed"):
+        made = make()
     if not isinstance(made, Recipe):
-        raise InputError(f"recipe() in {folder / 'recipe.py'} returned a {type(made).__name__}, not a memopt.Recipe")
+        raise InputError(f"recipe() in {file} returned a {type(made).__name__}, not a memopt.Recipe")
     return made
 
 
@@ -188,7 +191,7 @@ def configure(recipe: Recipe[C], preset: str | None, values: Mapping[str, Any], 
         InputError: unknown preset or key, or a value of the wrong kind.
     """
     if base is None or preset is not None:
-        name = preset or next(iter(recipe.presets))
+        name = next(iter(recipe.presets)) if preset is None else preset
         if name not in recipe.presets:
             raise InputError(f"recipe {recipe.name} has no preset {name!r}; presets: {', '.join(recipe.presets)}")
         base = recipe.presets[name]

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from memopt import checkpoints, core, plots
-from memopt.errors import InputError, MemoptError
+from memopt.errors import InputError, MemoptError, blaming
 from memopt.memory.leaks import LeakWatch
 from memopt.recipe import Recipe, TrainConfig, parse_passes
 from memopt.runlog import RunLog
@@ -102,7 +102,9 @@ class Trainer:
             raise InputError(f"batch size {config.batch_size} is larger than the data set of {self.size} samples")
 
         set_seed(seed_for(config.seed, "model"))
-        self.model: nn.Module = recipe.model(config).to(self.accelerator.device)
+        with blaming(f"recipe {recipe.name}: model(...) failed"):
+            model = recipe.model(config)
+        self.model: nn.Module = model.to(self.accelerator.device)
         self.step = 0
         self.ema: AveragedModel | None = None
         if config.ema_decay is not None:

@@ -312,7 +312,7 @@ def test_dotted_names(tmp_path, capsys):
         ([NET, "--input", "2x3", "--optimizer", "lbfgs"], "--optimizer 'lbfgs' is none of"),
         (
             [NET, "--input", "2x3", "--batch-size", "two"],
-            "--batch-size must be a whole number of at least 1, not 'two'",
+            "--batch-size must be a whole number of at least 1 and of at most 16 digits, not 'two'",
         ),
         ([NET, "--input", "Bx1x16"], "--input has a B, .* give --batch-size"),
         ([NET, "--input", "sample=2x1x16", "--input", "sample=3"], "--input: sample is given twice"),
@@ -479,7 +479,7 @@ def test_the_largest_batch_of_a_recipe(tmp_path, capsys):
     text = run(capsys, *arguments, "--json", file)
     found = json.loads(file.read_text())
     assert found.keys() == {
-        *("schema", "model", "train", "device", "passes", "budget", "batch", "peak", "beyond", "points"),
+        *("schema", "model", "train", "device", "passes", "budget", "batch", "peak", "beyond", "points", "failed"),
     }
     assert (found["schema"], found["train"], found["device"], found["budget"]) == (1, True, "cuda", 2 << 20)
     assert found["peak"] <= found["budget"] < found["beyond"]

@@ -212,6 +212,61 @@ def test_norms_keep_float32_statistics():
     assert memory.profile(nn.BatchNorm1d(32).bfloat16(), x, device="cuda", rounding=1).kept == 6 * 32 * 2 + 2 * 32 * 4
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_group_norm_makes_channels_last_contiguous(train):
+    def run(layout, device="cuda"):
+        x = torch.zeros(2, 4, 6, 5).to(memory_format=layout).requires_grad_(train)
+        report = memory.profile(Calls(norm), x, train=train, device=device, rounding=1)
+        return report.kept, report.peak
+
+    def norm(x):
+        y = F.group_norm(x, 2)
+        assert y.is_contiguous() or on_cpu
+        return y
+
+    n, statistics, on_cpu = 2 * 4 * 6 * 5 * 4, 2 * 2 * 2 * 4, False
+    plain = run(torch.contiguous_format)
+    copied = run(torch.channels_last)
+    assert plain[0] == (n + statistics) * train
+    assert copied[0] == plain[0]
+    assert copied[1] > plain[1]
+    on_cpu = True
+    assert run(torch.channels_last, "cpu")[0] == plain[0]
+
+
+def test_group_norm_under_autocast_copies_after_the_conversion():
+    x = torch.zeros(2, 4, 6, 5, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+
+    def run(x):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return F.group_norm(x, 2)
+
+    n, statistics = 2 * 4 * 6 * 5, 2 * 2 * 2 * 4
+    report = memory.profile(Calls(run), x, train=False, device="cuda", rounding=1)
+    assert report.peak == n * 2 + n * 4 + n * 4 + n * 4 + statistics
+
+
+def test_logsigmoid_keeps_its_input_alone():
+    x = torch.zeros(3, 50, requires_grad=True)
+    n = 3 * 50 * 4
+    assert kept(F.logsigmoid, x) == n
+    assert kept(F.logsigmoid, x, device="cpu") == 2 * n
+    report = memory.profile(Calls(F.logsigmoid), x.detach(), train=False, device="cuda", rounding=1)
+    assert report.peak == 2 * n
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_embedding_bag_keeps_positions(mode, index):
+    bags, words, width = 3, 12, 8
+    model = nn.EmbeddingBag(10, width, mode=mode)
+    inputs = torch.zeros(words, dtype=index), torch.zeros(bags, dtype=index)
+    # Of the kernel's: the bag of each word, the size of each bag, the word of each maximum. The inputs are kept too.
+    expected = words + bags + (words + bags) + (bags * width if mode == "max" else 0)
+    assert memory.profile(model, inputs, device="cuda", rounding=1).kept == expected * index.itemsize
+    memory.profile(model, inputs, train=False, device="cuda")
+
+
 def test_max_pool1d_makes_indices():
     x = torch.zeros(2, 3, 32)
     report = memory.profile(nn.MaxPool1d(2), x, train=False, device="cuda", rounding=1)

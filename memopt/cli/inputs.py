@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from memopt.errors import InputError
+from memopt.estimate import check_size
 
 FORMS = "NAME=SHAPE, NAME=SHAPE:DTYPE or NAME=VALUE, such as sample=2x4x64x64, timestep=2:int64, return_dict=False"
 _NAMED = re.compile(r"([^\W\d]\w*)=(.*)", re.DOTALL)
@@ -39,12 +40,19 @@ class Input:
         """Whether it depends on the batch size."""
         return self.shape is not None and "B" in self.shape
 
-    def make(self, batch: int | None) -> Any:
+    def make(self, batch: int, device: str) -> Any:
         """The argument for a batch size. Tensors are zeros: safe as indices, too."""
         if self.shape is None:
             return self.value
-        sizes = [batch if size == "B" else size for size in self.shape]
-        return torch.zeros(sizes, dtype=self.dtype)  # type: ignore[arg-type]
+        sizes = [batch if isinstance(size, str) else size for size in self.shape]
+        check_size(sizes, "--input")
+        try:
+            return torch.zeros(sizes, dtype=self.dtype, device=device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            told = str(error).partition("\n")[0]
+            raise InputError(f"--input: a tensor of {'x'.join(map(str, sizes))} cannot be made: {told}") from error
 
 
 def parse(text: str) -> Input:
@@ -56,6 +64,8 @@ def parse(text: str) -> Input:
     named = _NAMED.fullmatch(text.strip())
     name, value = named.groups() if named else (None, text.strip())
     shape, colon, dtype = value.partition(":")
+    if any(s.isdecimal() and len(s) > 16 for s in shape.split("x")) and (colon or "x" in shape):
+        raise InputError(f"--input {text!r}: a size is too large")
     sizes = ["B" if s == "B" else int(s) for s in shape.split("x") if _SIZE.fullmatch(s)]
     if len(sizes) == shape.count("x") + 1 and (colon or len(sizes) > 1 or sizes == ["B"]):
         if 0 in sizes:
@@ -73,8 +83,8 @@ def parse(text: str) -> Input:
     return Input(name, None, value=literal)
 
 
-def arguments(texts: list[str], batch: int | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments.
+def arguments(texts: list[str], batch: int | None, device: str = "cpu") -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments, their tensors on a device.
 
     Raises:
         InputError: a malformed one, one given twice, none at all, or a ``B`` without a batch size.
@@ -87,7 +97,7 @@ def arguments(texts: list[str], batch: int | None) -> tuple[tuple[Any, ...], dic
         raise InputError(f"--input: {', '.join(sorted(twice))} is given twice")
     if batch is None and any(one.scales for one in inputs):
         raise InputError("--input has a B, which stands for the batch size: give --batch-size, or a number for B")
-    made = [(one.name, one.make(batch)) for one in inputs]
+    made = [(one.name, one.make(batch or 1, device)) for one in inputs]
     return tuple(v for name, v in made if name is None), {name: v for name, v in made if name is not None}
 
 
@@ -105,4 +115,10 @@ def _dtype(name: str, text: str) -> torch.dtype:
         raise InputError(
             f"--input {text!r}: torch has no dtype {name!r}.{hint} Such as float32, bfloat16, int64, bool."
         )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is experimental
+            torch.zeros(1, dtype=known[name])
+    except RuntimeError:
+        raise InputError(f"--input {text!r}: torch makes no plain tensors of dtype {name!r}") from None
     return known[name]

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
+from memopt import files
 from memopt.cli import inputs, subject
-from memopt.cli.options import path
-from memopt.errors import DoesNotFit, InputError, MemoptError
+from memopt.cli.options import check_outputs, path
+from memopt.errors import DoesNotFit, MemoptError
 
 if TYPE_CHECKING:
     from memopt.memory.fit import BatchFit
     from memopt.memory.report import MemoryReport
 
+_NOT_HERE = re.compile(
+    r"(Profile it on|If the model runs with these inputs, profile) true tensors: real=True, or --real"
+)
+_INSTEAD = "max-batch works on fake tensors alone; profile single batch sizes on true ones with memopt profile --real"
 SCHEMA = 1
 """Version of the JSON form."""
 
@@ -51,6 +57,7 @@ def run(options: argparse.Namespace) -> None:
     from memopt.memory.fit import max_batch
     from memopt.units import parse_bytes
 
+    check_outputs(options, "json")
     began = time.perf_counter()
     budget = parse_bytes(options.budget, "--budget")
     seen: dict[int, MemoryReport] = {}
@@ -70,6 +77,8 @@ def run(options: argparse.Namespace) -> None:
             batch, report = next(iter(seen.items()))
             say("looking for passes that help")
             raise DoesNotFit(f"{error}. {_help(about, batch, report, budget)}") from None
+        except MemoptError as error:
+            raise type(error)(_NOT_HERE.sub(_INSTEAD, str(error))) from error
     _show(fit, seen[fit.batch], time.perf_counter() - began)
     if options.json is not None:
         _write(options.json, fit, seen[fit.batch])
@@ -111,7 +120,9 @@ def _show(fit: BatchFit, report: MemoryReport, seconds: float) -> None:
     say(f"{report.model}: {kind(report)}, budget {format_bytes(fit.budget)}; passes: {passes}")
     console.print(f"\n[bold]Largest batch: {fit.batch}[/]\n", highlight=False)
     say(f"  batch {fit.batch}: peak {format_bytes(fit.peak)}, {fit.share:.1%} of the budget")
-    if fit.beyond is None:
+    if fit.failed is not None:
+        say(f"  batch {fit.batch + 1} cannot be profiled, and so ended the search: {fit.failed}")
+    elif fit.beyond is None:
         say("  larger batches were not tried")
     else:
         say(f"  batch {fit.batch + 1}: peak {format_bytes(fit.beyond)}, {fit.beyond / fit.budget:.1%} of the budget")
@@ -120,7 +131,4 @@ def _show(fit: BatchFit, report: MemoryReport, seconds: float) -> None:
 
 def _write(file: Any, fit: BatchFit, report: MemoryReport) -> None:
     about = {"model": report.model, "train": report.train, "device": report.device, "passes": report.passes}
-    try:
-        file.write_text(json.dumps({"schema": SCHEMA, **about, **fit.to_dict()}), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror}") from None
+    files.write(file, json.dumps({"schema": SCHEMA, **about, **fit.to_dict()}))

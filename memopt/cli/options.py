@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+from memopt import files
 from memopt.errors import InputError
 
 SETTINGS = {
@@ -41,15 +43,39 @@ def add_settings(parser: argparse._ActionsContainer, *names: str, others: bool =
 
 def settings(options: argparse.Namespace) -> dict[str, str]:
     """The settings that were given, by name."""
-    given = {name: value for name in SETTINGS if (value := getattr(options, name, None)) is not None}
+    given: dict[str, Any] = {name: value for name in SETTINGS if (value := getattr(options, name, None)) is not None}
+    if "passes" in given:
+        given["passes"] = pass_names(given["passes"])
     return given | dict(_pair(text) for text in options.set)
+
+
+def pass_names(text: str) -> tuple[str, ...]:
+    """The passes of ``--passes``; an empty text means none."""
+    names = tuple(part.strip() for part in text.split(",")) if text.strip() else ()
+    if "" in names:
+        raise InputError(f"--passes {text!r} has no name at one side of a comma; separate names as in checkpoint,amp")
+    return names
+
+
+def check_outputs(options: argparse.Namespace, *names: str) -> None:
+    """Raises InputError if a file of these options cannot be written, or is there twice: known before the work."""
+    given = {f"--{name}": file for name in names if (file := getattr(options, name)) is not None}
+    for file in given.values():
+        files.check(file)
+    options_of: dict[Path, str] = {}
+    for name, file in given.items():
+        if (other := options_of.setdefault(file.resolve(), name)) != name:
+            raise InputError(f"{other} and {name} name the same file, {file}")
 
 
 def path(text: str) -> Path:
     """A path from the command line."""
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty path")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"there is no home folder for {text!r}") from None
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from memopt.cli import subject
-from memopt.cli.options import path
+from memopt.cli.options import check_outputs, path
 from memopt.errors import MemoptError
 
 EXAMPLES = """\
@@ -48,6 +48,7 @@ def run(options: argparse.Namespace) -> None:
 
     from memopt.memory.show import print_summary
 
+    check_outputs(options, "json", "plot", "html")
     with subject.working(f"profiling {options.target}"):
         try:
             report = subject.of(options).profile()

@@ -13,15 +13,14 @@ import inspect
 import os
 import re
 import sys
-import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memopt.cli import inputs
-from memopt.cli.options import add_data, add_preset, add_settings, settings
-from memopt.errors import InputError, MemoptError
+from memopt.cli.options import add_data, add_preset, add_settings, pass_names, settings
+from memopt.errors import InputError, blaming
 
 if TYPE_CHECKING:
     import torch
@@ -79,10 +78,12 @@ def of(options: argparse.Namespace) -> Subject:
     Raises:
         InputError: there is no such recipe or factory, or an option does not belong to it.
     """
+    if not options.target.strip():
+        raise InputError("an empty name is neither a recipe folder nor MODULE:FACTORY")
     factory = None if Path(options.target).is_dir() else _FACTORY.fullmatch(options.target)
     foreign = ("preset", "set", "microbatch", "data") if factory else ("input", "optimizer")
     for name in foreign:
-        if getattr(options, name):
+        if getattr(options, name) not in (None, []):
             kind = "a recipe folder" if factory else "MODULE:FACTORY"
             raise InputError(f"--{name} belongs to {kind}, and {options.target} is none")
     return _Factory(options, *factory.groups()) if factory else _Recipe(options)
@@ -93,7 +94,7 @@ class _Recipe(Subject):
         from memopt.recipe import configure, load_recipe
 
         super().__init__(options)
-        self.recipe = load_recipe(Path(options.target).expanduser())
+        self.recipe = load_recipe(options.target)
         self.config = configure(self.recipe, options.preset, settings(options))
         self.data, self.cache = options.data, options.cache
 
@@ -120,9 +121,11 @@ class _Factory(Subject):
         self.inputs: list[str] = options.input
         given = getattr(options, "batch_size", None)
         self.batch = None if given is None else _positive(given)
-        self.passes = parse_passes(tuple(p for p in (options.passes or "").split(",") if p))
-        self.optimizer = _optimizer(options.optimizer or "adamw") if self.train else None
-        inputs.arguments(self.inputs, self.batch or 1)  # bad ones are found before a model is built
+        self.passes = parse_passes(pass_names(options.passes or ""))
+        self.optimizer = _optimizer("adamw" if options.optimizer is None else options.optimizer) if self.train else None
+        inputs.arguments(self.inputs, self.batch or 1, "meta")  # bad ones are found before a model is built
+        if self.batch is not None:
+            inputs.check_scales(self.inputs)
         self.make = _imported(self.target, module, name)
 
     @functools.cached_property
@@ -132,26 +135,23 @@ class _Factory(Subject):
         return real_model(self.make, self.device) if self.real else fake_model(self.make)
 
     def profile(self, batch: int | None = None, passes: Sequence[Any] = ()) -> MemoryReport:
-        from torch import Tensor
-        from torch.utils._pytree import tree_map_only
-
-        from memopt.estimate import the_mode
+        from memopt.estimate import quiet, the_mode
         from memopt.memory.profiler import profile
 
         model, optimizer = self.model, self._made_optimizer()
         with contextlib.nullcontext() if self.real else the_mode():
-            call = inputs.arguments(self.inputs, self.batch if batch is None else batch)
-        if self.real:
-            call = tree_map_only(Tensor, lambda t: t.to(self.device), call)
-        return profile(
-            model,
-            call,
-            train=self.train,
-            optimizer=optimizer,
-            device=self.device,
-            passes=[*self.passes, *passes],
-            real=self.real,
-        )
+            size = self.batch if batch is None else batch
+            call = inputs.arguments(self.inputs, size, self.device if self.real else "cpu")
+        with quiet():
+            return profile(
+                model,
+                call,
+                train=self.train,
+                optimizer=optimizer,
+                device=self.device,
+                passes=[*self.passes, *passes],
+                real=self.real,
+            )
 
     def _made_optimizer(self) -> torch.optim.Optimizer | None:
         if self.optimizer is None:
@@ -166,8 +166,8 @@ class _Factory(Subject):
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"--batch-size must be a whole number of at least 1, not {text!r}")
+    if not text.isdecimal() or len(text) > 16 or int(text) < 1:
+        raise InputError(f"--batch-size must be a whole number of at least 1 and of at most 16 digits, not {text!r}")
     return int(text)
 
 
@@ -193,15 +193,12 @@ def _imported(target: str, module: str, name: str) -> Callable[[], nn.Module]:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as python -m does
     try:
-        found: Any = importlib.import_module(module)
+        with blaming(f"{target}: {module} cannot be imported"):
+            found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if not f"{module}.".startswith(f"{error.name}."):
             raise  # a package that the module needs
         raise InputError(f"{target}: there is no module {error.name!r} in this folder or among the packages") from None
-    except MemoptError:
-        raise
-    except Exception as error:
-        raise InputError(f"{target}: {module} cannot be imported: {_told(error)}") from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise InputError(f"{target}: {getattr(found, '__name__', module)} has no {part!r}")
@@ -209,30 +206,18 @@ def _imported(target: str, module: str, name: str) -> Callable[[], nn.Module]:
     if not callable(found):
         raise InputError(f"{target} is no function or class, but a {type(found).__name__}")
 
+    advice = ". It is called without arguments; wrap it in a function that gives those it needs"
+
     def make() -> nn.Module:
         from torch import nn
 
-        try:
+        with blaming(f"{target}() failed", advice):
             model = found()
-        except MemoptError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"{target}() failed: {_told(error)}. It is called without arguments; wrap it in a function that gives "
-                "those it needs"
-            ) from error
         if not isinstance(model, nn.Module):
             raise InputError(f"{target}() must return a torch.nn.Module; it returned a {type(model).__name__}")
         return model
 
     return make
-
-
-def _told(error: Exception) -> str:
-    """An error with the line it comes from."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    here = "" if last.filename == __file__ else f" ({last.filename}:{last.lineno})"
-    return f"{type(error).__name__}: {error}{here}"
 
 
 @contextlib.contextmanager

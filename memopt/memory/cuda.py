@@ -11,12 +11,15 @@ modelled here. The places are:
 - Autocast has its own lists of operators, see ``cuda_autocast``.
 - ``softmax`` of float16 with a float32 result makes no copy of its input (ATen/native/SoftMax.cpp).
 - ``rms_norm`` is one operator that keeps its input and the inverse norms (ATen/native/layer_norm.cpp).
+- ``group_norm`` makes its input contiguous, also one in channels-last format (ATen/native/group_norm.cpp).
 - ``max_pool1d`` always makes indices (ATen/native/Pooling.cpp, MaxPooling.cpp).
 - The statistics of layer and batch norms are float32 for every input of lower precision.
+- ``logsigmoid`` keeps no buffer (ATen/native/cuda/ActivationLogSigmoidKernel.cu), and ``embedding_bag`` keeps other
+  indices (EmbeddingBag.cu).
 - Optimizers and gradient clipping take all parameters at once (``foreach``, torch/optim/optimizer.py); their step
   counts are on the CPU, unless ``capturable`` or ``fused``.
 
-The first six are kernels in Python, registered at the dispatcher for CPU tensors and taken away again: callers in C++
+The first seven are kernels in Python, registered at the dispatcher for CPU tensors and taken away again: callers in C++
 reach them too, which a function mode would miss, and they come before autograd, where a dispatch mode would be too
 late. Except for autocast's, they leave real tensors alone. What differs only in an operator's results is corrected by a
 dispatch mode.
@@ -25,6 +28,7 @@ dispatch mode.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -48,14 +52,15 @@ _NORMS = {
     _ATEN._native_batch_norm_legit.default,
     _ATEN._native_batch_norm_legit.no_stats,
 }
+_BAGS = {_ATEN._embedding_bag.default, _ATEN._embedding_bag_forward_only.default}
 ALWAYS = (
     "The GPU is an Ampere or newer with torch's defaults. Code of the model that asks for the device sees a CPU.",
     "Memory that a kernel takes and frees inside itself, such as workspaces of cuDNN and cuBLAS, is not counted.",
     "The CUDA context, what libraries hold all along, and fragmentation in the allocator are not counted.",
 )
 ATTENTION = (
-    "scaled_dot_product_attention runs FlashAttention where it can, else the memory-efficient kernel, else plain "
-    "operations; not cuDNN."
+    "Attention runs as FlashAttention where it can, else the memory-efficient kernel, else plainly. cuDNN's, which "
+    "some versions prefer on H100, keeps the same."
 )
 FOREACH = "The optimizer updates all parameters at once (foreach), as is the default on CUDA."
 RNN = "RNNs count as they run on a CPU; cuDNN keeps its own reserve for backward instead."
@@ -108,6 +113,7 @@ def _operators(notes: Notes) -> Iterator[None]:
             (_ATEN.dropout.default, _dropout),
             (_ATEN.softmax.int, _to_float32(_ATEN._softmax)),
             (_ATEN.log_softmax.int, _to_float32(_ATEN._log_softmax)),
+            (_ATEN.group_norm.default, _group_norm),
             (_ATEN.max_pool1d.default, lambda x, *args: _ATEN.max_pool1d_with_indices(x, *args)[0]),
             (_ATEN.scaled_dot_product_attention.default, attention),
         ):
@@ -150,6 +156,10 @@ def _to_float32(kernel: Any) -> Callable[..., Any]:
     return softmax
 
 
+def _group_norm(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return _as_on_cpu(_ATEN.group_norm.default, x.contiguous(), *args, **kwargs)
+
+
 def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Any:
     # The cases that rms_norm_symint in layer_norm.cpp leaves to plain operations.
     if x.is_complex() or (weight is not None and weight.dtype != x.dtype) or _channels_last(x):
@@ -175,6 +185,13 @@ class _Results(TorchDispatchMode):
             # Its random seed and offset are on the CPU (Note [Seed and Offset Device] in attention.cu).
             out, sums, seed, offset = result
             return out, sums, seed.new_empty(0), offset.new_empty(0)
+        elif func is _ATEN.log_sigmoid_forward.default:
+            return result[0], result[1].new_empty(0)
+        elif func in _BAGS:
+            # Positions and indices of maxima have other sizes, and the type of the indices (_embedding_bag_cuda).
+            indices, offsets, mode = args[1], args[2], args[4] if len(args) > 4 else 0
+            most = result[0].shape if mode == 2 else (0,)
+            return result[0], *(indices.new_empty(size) for size in (indices.shape, offsets.shape, most))
         return result
 
 
@@ -182,6 +199,7 @@ class _Results(TorchDispatchMode):
 def _optimizers(notes: Notes) -> Iterator[None]:
     """Optimizers choose as they do for parameters on CUDA, each by its own rules."""
     supported = "_get_foreach_kernels_supported_devices"
+    capturable = "_get_capturable_supported_devices"
     devices = [*getattr(optim, supported)(), "cpu"]
 
     def steps_off_device(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -203,8 +221,11 @@ def _optimizers(notes: Notes) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(cuda_autocast.swapped(optim, supported, lambda: devices))
         for module in (optim, _foreach_utils):  # the latter is what torch.nn.utils.clip_grad_norm_ asks
-            types = [*module._foreach_supported_types, FakeTensor]
-            stack.enter_context(cuda_autocast.swapped(module, "_foreach_supported_types", types))
+            foreach = [*module._foreach_supported_types, FakeTensor]
+            stack.enter_context(cuda_autocast.swapped(module, "_foreach_supported_types", foreach))
+        for name, module in list(sys.modules.items()):  # each has its own name for what says where capturable may run
+            if name.startswith("torch.optim.") and hasattr(module, capturable):
+                stack.enter_context(cuda_autocast.swapped(module, capturable, lambda *_, **__: ["cpu"]))
         stack.callback(optim.register_optimizer_step_pre_hook(say).remove)
         stack.callback(optim.register_optimizer_step_post_hook(steps_off_device).remove)
         yield

@@ -3,7 +3,8 @@
 The peak of a step is nearly affine in the batch size: what is there anyway, and so much for each sample. Two profiles
 give a line, the line gives a guess, and a profile of the guess a better line. What counts in the end are profiles: the
 answer fits, one sample more does not. Where peaks follow no line (kernels that pad, a peak that moves to another place
-of the step), guesses alternate with halving, so that it ends in any case.
+of the step), guesses alternate with halving, so that it ends in any case. A larger batch that raises
+an error counts as one that does not fit.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ class BatchFit:
     peak: int
     """Its predicted peak."""
     beyond: int | None
-    """The predicted peak of one sample more, which does not fit; None if the search ended at its upper limit."""
+    """The predicted peak of one sample more, which does not fit; None if it failed, or was not tried."""
     points: dict[int, int]
     """Every batch size that was profiled, with its peak."""
+    failed: str | None = None
+    """The error that one sample more raised, if that is what ended the search."""
 
     @property
     def share(self) -> float:
@@ -49,6 +52,8 @@ class BatchFit:
 
     def __str__(self) -> str:
         text = f"batch {self.batch}: peak {format_bytes(self.peak)}, {self.share:.1%} of {format_bytes(self.budget)}"
+        if self.failed is not None:
+            return f"{text}; batch {self.batch + 1} failed: {self.failed}"
         if self.beyond is None:
             return f"{text} (larger ones were not tried)"
         return f"{text}; batch {self.batch + 1}: {format_bytes(self.beyond)}"
@@ -57,7 +62,7 @@ class BatchFit:
 def max_batch(
     profile_at: Callable[[int], MemoryReport | int], budget: int | float | str, *, most: int = MOST
 ) -> BatchFit:
-    """The largest batch whose predicted peak fits a budget; one sample more has been seen not to.
+    """The largest batch whose predicted peak fits a budget; one sample more has been seen not to, or to raise an error.
 
     Args:
         profile_at: the profile of a batch of this size, or its peak in bytes.
@@ -82,6 +87,7 @@ def max_batch(
         return points[batch] <= size
 
     low, high = _smallest(fits), most + 1
+    errors: dict[int, str] = {}
     halve = False
     while high - low > 1:
         if len(points) == 1:
@@ -89,12 +95,16 @@ def max_batch(
         else:
             guess = (low + high) // 2 if halve and high <= most else _crossing(points, low, high, size)
         before = high - low
-        if fits(guess):
+        try:
+            enough = fits(guess)
+        except Exception as error:  # a table of positions that ends, say
+            errors[guess], enough = f"{type(error).__name__}: {error}", False
+        if enough:
             low = guess
         else:
             high = guess
         halve = high - low > before // 2
-    return BatchFit(size, low, points[low], points.get(high), points)
+    return BatchFit(size, low, points[low], points.get(high), points, errors.get(high))
 
 
 def _smallest(fits: Callable[[int], bool]) -> int:

@@ -45,7 +45,7 @@ th { text-align: left; font-weight: 600; color: var(--soft); font-size: 13px; }
 td, th { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 .n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 code { font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
-td:first-child, .op { white-space: nowrap; }
+td:first-child, .op { white-space: nowrap; } .says { min-width: 170px; }
 i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 8px; }
 .chart { position: relative; } svg { display: block; width: 100%; height: auto; font: 13px system-ui, sans-serif; }
 svg text { fill: var(--soft); } svg .strong { fill: var(--ink); font-weight: 600; } svg .ink { stroke: var(--ink); }
@@ -157,7 +157,7 @@ def _peak(report: MemoryReport) -> str:
             format_bytes(size),
             share(size, report.peak),
             format_bytes(report.start_by_category.get(name, 0)),
-            MEANING[name],
+            f'<div class="says">{MEANING[name]}</div>',
         )
         for name, size in present
     ]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memopt import files
 from memopt.errors import InputError
 
 CATEGORIES = ("parameters", "buffers", "optimizer_states", "gradients", "activations", "temporaries")
@@ -152,7 +153,7 @@ class MemoryReport:
 
     def save_json(self, file: str | Path) -> None:
         """Write the report; ``load`` reads it back."""
-        _write(Path(file), json.dumps(self.to_dict(), separators=(",", ":")))
+        files.write(Path(file), json.dumps(self.to_dict(), separators=(",", ":")))
 
     @classmethod
     def load(cls, file: str | Path) -> MemoryReport:
@@ -193,19 +194,12 @@ class MemoryReport:
         """One self-contained HTML page: summary, timeline, module tree, largest tensors, skip connections."""
         from memopt.memory.html import render
 
-        _write(Path(file), render(self))
+        files.write(Path(file), render(self))
 
     def __str__(self) -> str:
         from memopt.memory.show import summary
 
         return summary(self)
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror}") from None
 
 
 def _node(data: Mapping[str, Any]) -> ModuleNode:

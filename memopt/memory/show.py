@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memopt.errors import InputError
+from memopt import files
 from memopt.memory.report import CATEGORIES, MemoryReport, ModuleNode
 from memopt.units import format_bytes
 
@@ -163,15 +163,9 @@ def plot_timeline(report: MemoryReport, file: Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    figure = _figure(report)
-    partial = file.with_name(f".partial-{file.name}")
-    try:
-        figure.savefig(partial, dpi=120, format="png")
-        partial.replace(file)
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    picture = BytesIO()
+    _figure(report).savefig(picture, dpi=120, format="png")
+    files.write(file, picture.getvalue())
 
 
 def _content(report: MemoryReport, width: int) -> Group:
