@@ -16,7 +16,10 @@ def check(file: Path) -> Path:
     Raises:
         InputError: it is a folder, or a device and the like, or its folder is missing or read-only.
     """
-    target = file.resolve()
+    try:
+        target = file.resolve()
+    except RuntimeError:
+        raise InputError(f"cannot write {file}: {os.strerror(errno.ELOOP)}") from None
     code = 0
     if target.is_dir():
         code = errno.EISDIR
@@ -40,7 +43,7 @@ def write(file: Path, data: str | bytes) -> None:
     target = check(file)
     partial = target.with_name(f".partial-{target.name}")
     try:
-        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+        partial.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
         partial.replace(target)
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror}") from None

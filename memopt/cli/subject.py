@@ -94,7 +94,7 @@ class _Recipe(Subject):
         from memopt.recipe import configure, load_recipe
 
         super().__init__(options)
-        self.recipe = load_recipe(options.target)
+        self.recipe = load_recipe(os.path.expanduser(options.target))  # which, unlike Path's, cannot fail
         self.config = configure(self.recipe, options.preset, settings(options))
         self.data, self.cache = options.data, options.cache
 
