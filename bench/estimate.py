@@ -101,18 +101,20 @@ def on_the_cpu(quick: bool) -> None:
 
 def on_the_gpu() -> None:
     print(
-        "| model | step | estimate, MiB | max_memory_allocated, MiB | held by libraries, MiB | estimate to allocated "
-        "less held, % | scratch at the peak, MiB | estimate to that less scratch, % | most scratch of one call, MiB |\n"
-        "|---|---|---|---|---|---|---|---|---|"
+        "| model | step | estimate, MiB | max_memory_allocated, MiB | requested, MiB | held by libraries, MiB | "
+        "estimate to allocated less held, % | scratch at the peak, MiB | estimate to that less scratch, % | "
+        "most scratch of one call, MiB |\n"
+        "|---|---|---|---|---|---|---|---|---|---|"
     )
     for case in for_a_gpu():
         for train in (True, False):
-            predicted, account, peak = on_cuda(case.build(), case.inputs(), train=train)
+            predicted, account, peak, requested = on_cuda(case.build(), case.inputs(), train=train)
             gc.collect()
             torch.cuda.empty_cache()
             print(
                 f"| {case} | {'train' if train else 'inference'} | {predicted.peak / MIB:.1f} | {peak / MIB:.1f} | "
-                f"{account.library / MIB:.1f} | {100 * (predicted.peak / (peak - account.library) - 1):+.2f} | "
+                f"{requested / MIB:.1f} | {account.library / MIB:.1f} | "
+                f"{100 * (predicted.peak / (peak - account.library) - 1):+.2f} | "
                 f"{account.scratch_at_peak / MIB:.1f} | "
                 f"{100 * (predicted.peak / (account.start + account.tensors) - 1):+.2f} | {named(account.scratch)} |",
                 flush=True,

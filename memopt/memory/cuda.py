@@ -59,7 +59,7 @@ ALWAYS = (
     "The CUDA context, what libraries hold all along, and fragmentation in the allocator are not counted.",
 )
 ATTENTION = (
-    "Attention runs as FlashAttention where it can, else the memory-efficient kernel, else plainly. cuDNN's, which "
+    "Attention runs as FlashAttention where it can, else memory-efficient, else as plain operations. cuDNN's, which "
     "some versions prefer on H100, keeps the same."
 )
 FOREACH = "The optimizer updates all parameters at once (foreach), as is the default on CUDA."

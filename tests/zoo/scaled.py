@@ -226,6 +226,14 @@ def large(name: str, make: Callable[[], nn.Module], inputs: Callable[[Draw], Inp
     return Case(name, make, lambda: inputs(Draw()), blocks=True)
 
 
+def with_amp(model: nn.Module) -> nn.Module:
+    import memopt
+    from memopt.passes.amp import AMP
+
+    memopt.apply(model, [AMP()])
+    return model
+
+
 def for_a_gpu() -> list[Case]:
     """Models of the size that people train on one GPU, with weights as their constructors leave them."""
     return [
@@ -241,5 +249,23 @@ def for_a_gpu() -> list[Case]:
             "DiT-XL/2 256x256, batch 8",
             dit_large,
             lambda d: ((d.normal(8, 4, 32, 32),), {"timestep": d.ids(1000, 8), "class_labels": d.ids(1000, 8)}),
+        ),
+        large(
+            "UNet2DConditionModel (Stable Diffusion 1), bf16 by AMP, batch 2",
+            lambda: with_amp(stable_diffusion()),
+            lambda d: ((d.normal(2, 4, 64, 64), d.ids(1000, 2)), {"encoder_hidden_states": d.normal(2, 77, 768)}),
+        ),
+        large(
+            "DiT-XL/2 256x256, weights in bf16, batch 8",
+            lambda: dit_large().bfloat16(),
+            lambda d: (
+                (d.normal(8, 4, 32, 32).bfloat16(),),
+                {"timestep": d.ids(1000, 8), "class_labels": d.ids(1000, 8)},
+            ),
+        ),
+        large(
+            "UNet2DModel 128x128, channels last, batch 8",
+            lambda: unet2d_large().to(memory_format=torch.channels_last),
+            lambda d: ((d.normal(8, 3, 128, 128).to(memory_format=torch.channels_last), d.ids(1000, 8)), {}),
         ),
     ]

@@ -71,9 +71,10 @@ class Step:
         return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
-def on_cuda(model: nn.Module, inputs: Any, *, train: bool) -> tuple[Any, AllocatorPeak, int]:
+def on_cuda(model: nn.Module, inputs: Any, *, train: bool) -> tuple[Any, AllocatorPeak, int, int]:
     """A prediction made on the CPU for a step on CUDA; the allocator's account of that step; its peak as
-    ``torch.cuda.max_memory_allocated`` has it. The model is on the GPU afterwards."""
+    ``torch.cuda.max_memory_allocated`` has it, and the peak of the bytes that were asked of the allocator. The model is
+    on the GPU afterwards."""
     import memopt
 
     def optimizer() -> torch.optim.Optimizer | None:
@@ -86,4 +87,5 @@ def on_cuda(model: nn.Module, inputs: Any, *, train: bool) -> tuple[Any, Allocat
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     step()
-    return predicted, account, torch.cuda.max_memory_allocated()
+    requested = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+    return predicted, account, torch.cuda.max_memory_allocated(), requested
