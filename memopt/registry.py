@@ -37,14 +37,18 @@ class Claim:
 
     path: str
     aspect: Aspect
+    part: str = ""
+    """Which operations there, where a pass changes only some; claims of different parts do not overlap."""
 
     def overlaps(self, other: Claim) -> bool:
         """True where both speak of the same aspect, and of the same place or one inside the other."""
+        if self.part != other.part and self.part and other.part:
+            return False
         short, long = sorted((self.path, other.path), key=len)
         return self.aspect == other.aspect and (short in ("", long) or long.startswith(f"{short}."))
 
     def __str__(self) -> str:
-        return f"{self.aspect} of {self.path or 'the whole model'}"
+        return f"{self.part or self.aspect} of {self.path or 'the whole model'}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,358 @@
+"""What all deferred values have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import math
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+
+from memopt.errors import MemoptError
+
+making: list[Deferred] = []
+"""Those that are being made: what their calls do is done, not deferred."""
+Tell = Callable[[str], None]
+PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+"""Types of tensors without a behaviour of their own."""
+_EQUATION = re.compile(r"([A-Za-z]+),([A-Za-z]+)->([A-Za-z]+)")
+_MARKING = re.compile(r"(?!__).*_|__i(?!nvert|nt|ndex|ter)\w+__|__(set|del)item__|register_\w*hook|retain_grad")
+"""Functions after which a tensor is not what it was: those in place, and those that hang something on it."""
+_CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
+CASTS = ("to", "type", "type_as", *_CASTS)
+
+
+class Deferred:
+    """Stands for the result of ``func(*args, **kwargs)``.
+
+    It has the attributes, methods and operators of a tensor, yet is none for ``isinstance``: torch's own C++ code asks
+    that, and would take it for memory.
+
+    Args:
+        shape, like: the shape, and a tensor of the type and on the device, of what it stands for.
+        call: the function and its arguments, among which may be other deferred values.
+        tell: gets a word about each thing that was done.
+    """
+
+    loss = True
+    """Whether making it after all is worth a word."""
+    rules: dict[Any, tuple[Callable[..., Any], frozenset[str] | None]] = {}
+    """What it makes of functions that it is given to, which may be NotImplemented, and the keywords each rule takes."""
+    __array_priority__ = Tensor.__array_priority__
+
+    def __init__(self, shape: Sequence[int], like: Tensor, call: tuple[Any, ...], tell: Tell) -> None:
+        self.shape = torch.Size(shape)
+        self.dtype, self.device = like.dtype, like.device
+        self.call, self.tell = call, tell
+        self.made: Tensor | None = None
+        self.marked = False
+        self._version_made = 0
+        self._modes, self._hooks = _modes(like.device), _hooks()
+
+    def make(self, why: str) -> Tensor:
+        """The tensor itself, because of an operation that knows no better."""
+        if self.made is None:
+            if self.loss:
+                self.tell(f"made a whole {type(self).__name__.lower()} for {why}")
+            making.append(self)  # or an active mode would defer it again
+            try:
+                self.made = self._as_called(why)
+            finally:
+                making.pop()
+            if not torch.compiler.is_compiling():
+                self._version_made = -1 if self.made.is_inference() else self.made._version
+        return self.made
+
+    def _as_called(self, why: str) -> Tensor:
+        """What the call gives, in the modes in which it was called: a later ``no_grad`` must not cut its gradient."""
+        func, args, kwargs = self.call
+        if any(value.changed for value in _among(args)):
+            raise MemoptError(
+                f"{why} needs a {type(self).__name__.lower()} whose origin was changed in place since: leave out the "
+                "pass that defers it"
+            )
+        with contextlib.ExitStack() as stack:
+            if self._modes != _modes(self.device):
+                grad, autocast, dtype = self._modes
+                stack.enter_context(torch.set_grad_enabled(grad))
+                stack.enter_context(torch.autocast(self.device.type, dtype=dtype, enabled=autocast))
+            # Made once for all: what a checkpoint's recomputation will not make again, it must not see made.
+            if self._hooks != _hooks():
+                stack.enter_context(saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor))
+            result: Tensor = func(*_made(args, why), **_made(kwargs, why))
+        return result
+
+    @property
+    def changed(self) -> bool:
+        """Whether the tensor was made and may since be another, or carry a hook: then the rules do not hold."""
+        if self.made is None or self.marked or torch.compiler.is_compiling():
+            return self.made is not None
+        return self._version_made < 0 or self.made._version != self._version_made
+
+    def mark(self, why: str) -> Tensor:
+        """The tensor itself, which is used from now on."""
+        self.marked = True
+        return self.make(why)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def requires_grad(self) -> bool:
+        return self._modes[0] and any(value.requires_grad for value in _leaves(self.call))
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.mark("requires_grad").requires_grad = value
+
+    @property
+    def data(self) -> Tensor:
+        return self.mark("data").data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.mark("data").data = value
+
+    @property
+    def mT(self) -> Any:
+        return apply(Tensor.transpose, (self, -2, -1), {})
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(Tensor, name)  # AttributeError as for a tensor
+        if callable(method):
+            return lambda *args, **kwargs: apply(method, (self, *args), kwargs)
+        return getattr(self.make(name), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return apply(func, args, kwargs or {})
+
+
+_OPERATORS = """
+abs neg pos invert bool int float complex index iter reversed contains repr format array getitem setitem delitem
+lt le eq ne ge gt add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv floordiv rfloordiv ifloordiv
+mod rmod imod pow rpow ipow matmul rmatmul and rand iand or ror ior xor rxor ixor lshift rlshift ilshift
+rshift rrshift irshift reduce_ex
+"""
+_METHODS = {"mul": Tensor.mul, "rmul": Tensor.mul, "truediv": Tensor.div, "matmul": Tensor.matmul}
+"""Operators by the names under which rules know them."""
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    method = _METHODS.get(name) or getattr(Tensor, f"__{name}__")
+    if name == "rmatmul":
+        return lambda self, other: apply(Tensor.matmul, (other, self), {})
+    return lambda self, *args, **kwargs: apply(method, (self, *args), kwargs)
+
+
+for _name in _OPERATORS.split():  # Python looks for these in the class, not by __getattr__
+    setattr(Deferred, f"__{_name}__", _operator(_name))
+
+
+def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function of torch with deferred values among its arguments: by a rule, else with tensors."""
+    values = list(_among(args))
+    if not any(value.changed for value in values):
+        for value in values:
+            rule, names = type(value).rules.get(func, (None, None))
+            if rule is not None and (names is None or kwargs.keys() <= names):
+                result = rule(func, *args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+    name = getattr(func, "__name__", str(func))
+    if args and isinstance(args[0], Deferred) and _MARKING.fullmatch(name):
+        args[0].mark(name)
+    return func(*_made(args, name), **_made(kwargs, name))
+
+
+def _modes(device: torch.device) -> tuple[bool, bool, torch.dtype | None]:
+    """Whether gradients are recorded, and the state of autocast."""
+    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.is_grad_enabled(), autocast, torch.get_autocast_dtype(device.type) if autocast else None
+
+
+def _hooks() -> Any:
+    """The innermost hooks on tensors that are saved for backward."""
+    return None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def autocast_dtype(like: Tensor) -> torch.dtype:
+    """The type that a product of matrices like this has."""
+    _, autocast, dtype = _modes(like.device)
+    return like.dtype if not autocast or dtype is None or like.dtype == torch.float64 else dtype
+
+
+def _among(values: Any) -> Iterator[Deferred]:
+    return (value for value in _leaves(values) if isinstance(value, Deferred))
+
+
+def _leaves(values: Any) -> Iterator[Any]:
+    """The tensors and deferred values in nested tuples and lists."""
+    for value in values:
+        if isinstance(value, (Tensor, Deferred)):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _leaves(value)
+
+
+def _made(value: Any, why: str) -> Any:
+    """The same with tensors for deferred values; the very same object if there are none."""
+    if isinstance(value, Deferred):
+        return value.make(why)
+    if isinstance(value, (list, tuple)):
+        items = [_made(item, why) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        found = {key: _made(item, why) for key, item in value.items()}
+        if all(found[key] is item for key, item in value.items()):
+            return value
+        if type(value) is dict:
+            return found
+        twin: Any = copy.copy(value)  # such as the outputs of transformers, whose items are attributes too
+        for key, item in found.items():
+            twin[key] = item
+        return twin
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        new = {name: _made(item, why) for name, item in old.items()}
+        if all(new[name] is old[name] for name in old):
+            return value
+        twin = copy.copy(value)
+        for name, item in new.items():
+            object.__setattr__(twin, name, item)  # also where it is frozen
+        return twin
+    return value
+
+
+def made(value: Any) -> Any:
+    """Tensors for all deferred values in nested tuples, lists, mappings and dataclasses: for what leaves a model."""
+    return _made(value, "the result of the model")
+
+
+def counting(counts: Counter[str]) -> Tell:
+    """Counts what it is told, except while torch.compile looks."""
+
+    def tell(text: str) -> None:
+        if not torch.compiler.is_compiling():
+            counts[text] += 1
+
+    return tell
+
+
+def rule(cls: type[Deferred], *names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a rule under torch's functions and methods of these names."""
+
+    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+        cls.rules = dict(cls.rules)
+        parameters = inspect.signature(rule).parameters
+        any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        keywords = None if any_keyword else frozenset(parameters)
+        for name in names:
+            for home in (torch, Tensor, F):
+                if hasattr(home, name):
+                    cls.rules[getattr(home, name)] = rule, keywords
+        return rule
+
+    return register
+
+
+def is_number(value: Any) -> bool:
+    """A Python number that a tensor can be scaled with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def parse(args: tuple[Any, ...]) -> tuple[str, str, str] | None:
+    """The three parts of an einsum of two operands without repeated letters in one of them."""
+    if len(args) != 3 or not isinstance(args[0], str):
+        return None
+    match = _EQUATION.fullmatch(args[0].replace(" ", ""))
+    if match is None or any(len(set(part)) < len(part) for part in match.groups()):
+        return None
+    return match[1], match[2], match[3]
+
+
+def order_of(func: Any, ndim: int, dims: tuple[Any, ...]) -> list[int]:
+    """The order of dimensions that permute or transpose makes."""
+    if func.__name__ == "permute":
+        given = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
+        return [dim % ndim for dim in given]
+    order = list(range(ndim))
+    i, j = (dim % ndim for dim in dims)
+    order[i], order[j] = order[j], order[i]
+    return order
+
+
+def cast_of(func: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
+    """The floating type that a call of one of ``CASTS`` on x gives, or None if it does more than that."""
+    dtype: torch.dtype = _CASTS.get(func.__name__, x.dtype)
+    for given in (*args, *kwargs.values()):
+        device = x.device
+        if isinstance(given, torch.dtype):
+            dtype = given
+        elif isinstance(given, (Tensor, Deferred)):
+            dtype, device = given.dtype, given.device
+        elif func.__name__ == "to" and isinstance(given, (str, torch.device)):
+            device = torch.device(given)
+        elif given is not None and not isinstance(given, bool):
+            return None
+        if device.type != x.device.type or device.index not in (None, x.device.index):
+            return None
+    return dtype if dtype.is_floating_point else None
+
+
+_applying = threading.Lock()
+_modes_active = 0
+
+
+@contextlib.contextmanager
+def functions_get_tensors() -> Iterator[None]:
+    """While active, ``torch.autograd.Function``s are applied to tensors: they would let a deferred value pass by."""
+    global _modes_active
+    if torch.compiler.is_compiling():
+        yield
+        return
+    with _applying:
+        _modes_active += 1
+        if _modes_active == 1:
+            torch.autograd.Function.apply = classmethod(_apply_function)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        with _applying:
+            _modes_active -= 1
+            if _modes_active == 0:
+                torch.autograd.Function.apply = _function_apply  # type: ignore[method-assign]
+
+
+_function_apply: Any = vars(torch.autograd.Function)["apply"]
+
+
+def _apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    why = cls.__name__
+    return _function_apply.__get__(None, cls)(*_made(args, why), **_made(kwargs, why))
