@@ -1,7 +1,8 @@
 """What the code of a module's class says: finds calls in it without running it.
 
 A plan has no inputs to run a model with, and tracing stops at the first branch on a value. The source of the class,
-read as a syntax tree, shows all its branches. What is found is where to look when the model runs.
+read as a syntax tree, shows all its branches; functions that it names are read, too. What is found is where to look
+when the model runs.
 """
 
 from __future__ import annotations
@@ -10,63 +11,163 @@ import ast
 import functools
 import inspect
 import re
+import sys
 import textwrap
+import types
 from collections.abc import Iterator
+from typing import Any
 
-_OUTER = re.compile(r"(\w)(\w),\1(\w)->\1(\2\3|\3\2)")
+_PRODUCTS = {"einsum", "bmm", "matmul", "baddbmm"}
 
-
-@functools.lru_cache(maxsize=4096)
-def code_of(cls: type) -> tuple[ast.AST, ...]:
-    """The syntax trees of a class and its bases, without those of torch itself; empty where there is no source."""
-    trees = []
-    for base in cls.__mro__:
-        if base.__module__.partition(".")[0] in ("torch", "builtins", "typing"):
-            continue
-        try:
-            trees.append(ast.parse(textwrap.dedent(inspect.getsource(base))))
-        except (OSError, TypeError, SyntaxError):  # made in an interpreter, or by code
-            continue
-    return tuple(trees)
-
-
-def calls(cls: type) -> Iterator[tuple[str, ast.Call]]:
-    """The calls in a class's code with the last part of their names: ``einsum`` for ``torch.einsum(...)``."""
-    for tree in code_of(cls):
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call):
-                name = node.func
-                yield (name.attr if isinstance(name, ast.Attribute) else getattr(name, "id", "")), node
+Code = tuple[ast.AST, ...]
+"""Syntax trees that belong together: a class's own and its bases', a method's, with those of functions they name."""
 
 
 def makes_outer_product(cls: type) -> bool:
     """Whether the code of a class may make a rank-one product of two matrices' rows."""
-    for name, call in calls(cls):
-        first = call.args[0] if call.args else None
-        if name == "einsum" and isinstance(first, ast.Constant) and isinstance(first.value, str):
-            if _OUTER.fullmatch(first.value.replace(" ", "")):
+    return _squares(tuple(tree for _, code in _classes(cls) for tree in code))
+
+
+def outer_products(cls: type) -> list[str]:
+    """The methods of a class whose code may make a rank-one product of two matrices' rows."""
+    return [name for name, code in _methods(cls).items() if _squares(code)]
+
+
+def writes_attention(cls: type, helper: type | None = None) -> bool:
+    """Whether the code of a class that ``forward`` leads to has a softmax and products of matrices.
+
+    Args:
+        helper: another class to which forward leads, which may lead back.
+    """
+    code = tuple(tree for trees in _reached(cls, helper).values() for tree in trees)
+    return "softmax" in _names(code) and _multiplies(code)
+
+
+def matrix_products(cls: type, helper: type | None = None) -> list[str]:
+    """The methods of a class that ``forward`` leads to and whose code multiplies matrices."""
+    return [name for name, code in _reached(cls, helper).items() if name and _multiplies(code)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _reached(cls: type, helper: type | None) -> dict[str, Code]:
+    """The methods that forward leads to, by name; the helper's code without one."""
+    methods, found = _methods(cls), {}
+    if helper is not None:
+        found[""] = tuple(tree for _, code in _classes(helper) for tree in code)
+    coming = ["forward", *sorted(_names(found.get("", ())))]
+    while coming:
+        name = coming.pop()
+        if name in methods and name not in found:
+            found[name] = methods[name]
+            coming += sorted(_names(found[name]))
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _methods(cls: type) -> dict[str, Code]:
+    """The code of a class's plain methods by name, that of bases with it."""
+    found: dict[str, Code] = {}
+    for base, code in _classes(cls):
+        for home in ast.walk(code[0]):
+            for item in home.body if isinstance(home, ast.ClassDef) else ():
+                name = getattr(item, "name", "")
+                if isinstance(inspect.getattr_static(cls, name, None), types.FunctionType):
+                    found[name] = (*found.get(name, ()), *_with_functions(item, base.__module__))
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _classes(cls: type) -> tuple[tuple[type, Code], ...]:
+    """A class and its bases, without those of torch itself and those that have no source."""
+    trees = ((base, _tree(base)) for base in cls.__mro__)
+    return tuple((base, _with_functions(tree, base.__module__)) for base, tree in trees if tree is not None)
+
+
+def _with_functions(tree: ast.AST, module: str) -> Code:
+    """A syntax tree, and those of the functions that it names, that these name, and so on."""
+    found: dict[Any, ast.AST] = {}
+
+    def collect(tree: ast.AST, module: str) -> None:
+        for function in _functions_in(tree, module):
+            other = None if function in found else _tree(function)
+            if other is not None:
+                found[function] = other
+                collect(other, function.__module__)
+
+    collect(tree, module)
+    return (tree, *found.values())
+
+
+def _functions_in(tree: ast.AST, module: str) -> Iterator[types.FunctionType]:
+    """What a name, or a name in a module of that name, stands for in the module that the code is from."""
+    known = vars(sys.modules[module]) if module in sys.modules else {}
+    for node in ast.walk(tree):
+        value: Any = None
+        if isinstance(node, ast.Name):
+            value = known.get(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            home = known.get(node.value.id)
+            value = vars(home).get(node.attr) if isinstance(home, types.ModuleType) else None
+        if isinstance(value, types.FunctionType):
+            yield value
+
+
+@functools.lru_cache(maxsize=16384)
+def _tree(item: Any) -> ast.AST | None:
+    """The syntax tree of a class or function; None for torch's and Python's own, and where there is no source."""
+    if item.__module__ is None or item.__module__.partition(".")[0] in {"torch", *sys.stdlib_module_names}:
+        return None
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(item)))
+    except (OSError, TypeError, SyntaxError):  # made in an interpreter, or by code
+        return None
+
+
+def _squares(code: Code) -> bool:
+    for node in _nodes(code):
+        if isinstance(node, ast.Call):
+            name, operands = _name(node.func), _operands(node)
+            if name == "einsum" and any(map(_outer_equation, node.args)):
                 return True
-        elif name in ("bmm", "matmul", "mul", "multiply") and all(map(_widened, _operands(call))):
-            return True
-    return any(
-        isinstance(node, ast.BinOp)
-        and isinstance(node.op, (ast.Mult, ast.MatMult))
-        and _widened(node.left)
-        and _widened(node.right)
-        for tree in code_of(cls)
-        for node in ast.walk(tree)
+            if name in ("bmm", "matmul", "mul", "multiply") and len(operands) == 2 and all(map(_widened, operands)):
+                return True
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.MatMult)):
+            operands = [node.left, node.right]
+            if all(map(_widened, operands)):
+                return True
+    names = _names(code)
+    return "vmap" in names and "outer" in names
+
+
+def _multiplies(code: Code) -> bool:
+    return bool(_names(code) & _PRODUCTS) or any(
+        isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult) for node in _nodes(code)
     )
 
 
-def writes_attention(cls: type, *equivalents: str) -> bool:
-    """Whether the code of a class has a softmax, or a call equivalent to one, and products of matrices."""
-    names = {name for name, _ in calls(cls)}
-    products = names & {"einsum", "bmm", "matmul", "baddbmm"} or any(
-        isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult)
-        for tree in code_of(cls)
-        for node in ast.walk(tree)
-    )
-    return bool(names & {"softmax", *equivalents}) and bool(products)
+def _nodes(code: Code) -> Iterator[ast.AST]:
+    return (node for tree in code for node in ast.walk(tree))
+
+
+def _names(code: Code) -> set[str]:
+    return {_name(node) for node in _nodes(code)}
+
+
+def _name(node: ast.AST) -> str:
+    """The last part of a name: ``einsum`` for ``torch.einsum``."""
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def _outer_equation(node: ast.expr) -> bool:
+    if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+        return False
+    # As torch writes them, "ab,ac->abc", or einops, "batch i, batch j -> batch i j".
+    name = r"\.\.\.|\w+" if " " in node.value.replace(", ", "").replace(" -> ", "") else r"\.\.\.|\w"
+    parts = [re.findall(name, part) for part in re.split(",|->", node.value)]
+    if [len(part) for part in parts] != [2, 2, 3]:
+        return False
+    (n, i), (m, j), out = parts
+    return n == m and i != j and out in ([n, i, j], [n, j, i])
 
 
 def _operands(call: ast.Call) -> list[ast.expr]:
@@ -80,8 +181,4 @@ def _widened(node: ast.expr) -> bool:
     """``x[:, None]`` or ``x.unsqueeze(1)``."""
     if isinstance(node, ast.Subscript):
         return any(isinstance(part, ast.Constant) and part.value is None for part in ast.walk(node.slice))
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr in ("unsqueeze", "view", "reshape")
-    )
+    return isinstance(node, ast.Call) and _name(node.func) in ("unsqueeze", "view", "reshape")

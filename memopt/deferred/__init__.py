@@ -19,8 +19,9 @@ torch.export, which see only the operations that are left.
 """
 
 from memopt.deferred.attention import Attentions, Logits, Weights
+from memopt.deferred.following import watched
 from memopt.deferred.product import Joined, Line, Product, Products
-from memopt.deferred.value import Deferred, counting, functions_get_tensors, made
+from memopt.deferred.value import Deferred, counting, made
 
 __all__ = [
     "Attentions",
@@ -32,6 +33,6 @@ __all__ = [
     "Products",
     "Weights",
     "counting",
-    "functions_get_tensors",
     "made",
+    "watched",
 ]

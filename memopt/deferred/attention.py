@@ -8,12 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from memopt.deferred.following import Following
 from memopt.deferred.product import Joined, Line, permuted
-from memopt.deferred.value import CASTS, PLAIN, Deferred, Tell, autocast_dtype, cast_of, is_number, making, parse, rule
+from memopt.deferred.value import (
+    CASTS,
+    PLAIN,
+    Deferred,
+    Tell,
+    autocast_dtype,
+    cast_of,
+    is_number,
+    parse,
+    rule,
+)
 from memopt.ops import rank_one
+from memopt.ops.kernels import Attend, torch_attention
 
 _MATMUL = {torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 
@@ -24,37 +34,40 @@ class Logits(Deferred):
     Args:
         q: [..., T, d].
         k: [..., S, d], a tensor, a line or joined tokens.
+        attend: what is called in the end, if all is tensors.
     """
 
-    loss = False
-
-    def __init__(self, q: Tensor, k: Any, scale: float, call: tuple[Any, ...], tell: Tell) -> None:
+    def __init__(
+        self, q: Tensor, k: Any, scale: float, call: tuple[Any, ...], tell: Tell, attend: Attend = torch_attention
+    ) -> None:
         super().__init__((*q.shape[:-1], k.shape[-2]), q, call, tell)
-        self.q, self.k, self.scale, self.dtype = q, k, scale, autocast_dtype(q)
+        self.q, self.k, self.scale, self.dtype, self.attend = q, k, scale, autocast_dtype(q), attend
 
 
 class Weights(Deferred):
     """The softmax of logits over their last dimension."""
+
+    noun = "attention weights"
 
     def __init__(self, logits: Logits, dtype: torch.dtype, call: tuple[Any, ...]) -> None:
         super().__init__(logits.shape, logits.q, call, logits.tell)
         self.logits, self.dtype = logits, dtype
 
 
-class Attentions(TorchFunctionMode):
+class Attentions(Following):
     """While active, products that may be those of queries and keys are deferred."""
 
-    def __init__(self, tell: Tell) -> None:
-        super().__init__()
-        self.tell = tell
+    def __init__(self, tell: Tell, attend: Attend = torch_attention) -> None:
+        super().__init__(tell)
+        self.attend = attend
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not making and (func is torch.einsum or func in _MATMUL or func is torch.baddbmm):
+    def begin(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (func is torch.einsum or func in _MATMUL or func is torch.baddbmm) and self.begins:
             tensors = args[1:] if func is torch.einsum else args
             if all(type(x) in PLAIN and x.ndim > 2 for x in tensors):
                 logits = _logits(func, args, kwargs, self.tell)
                 if logits is not None:
+                    logits.attend = self.attend
                     return logits
         return func(*args, **kwargs)
 
@@ -112,7 +125,7 @@ def _(func: Any, x: Any, y: Any) -> Any:
     if not isinstance(x, Logits) or not is_number(y) or y <= 0:
         return NotImplemented
     scale = x.scale * y if func.__name__ == "mul" else x.scale / y
-    return Logits(x.q, x.k, scale, (func, (x, y), {}), x.tell)
+    return Logits(x.q, x.k, scale, (func, (x, y), {}), x.tell, x.attend)
 
 
 @rule(Logits, *CASTS)
@@ -120,7 +133,7 @@ def _(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     dtype = cast_of(func, x, args, kwargs) if isinstance(x, Logits) else None
     if dtype is None:
         return NotImplemented
-    result = Logits(x.q, x.k, x.scale, (func, (x, *args), kwargs), x.tell)
+    result = Logits(x.q, x.k, x.scale, (func, (x, *args), kwargs), x.tell, x.attend)
     result.dtype = dtype
     return result
 
@@ -185,7 +198,7 @@ def _attend(weights: Weights, v: Any) -> Any:
         logits.tell("attentions fused")
         batch = q.shape[:-2]
         q, k, v = (_as_heads(x) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, scale=logits.scale).reshape(*batch, q.shape[-2], v.shape[-1])
+        return logits.attend(q, k, v, logits.scale).reshape(*batch, q.shape[-2], v.shape[-1])
     return _attend_to_line(q, k, v, logits)
 
 

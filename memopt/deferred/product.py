@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from memopt.deferred.following import Following
 from memopt.deferred.value import (
     CASTS,
     PLAIN,
@@ -20,7 +20,6 @@ from memopt.deferred.value import (
     autocast_dtype,
     cast_of,
     is_number,
-    making,
     order_of,
     parse,
     rule,
@@ -30,12 +29,14 @@ from memopt.deferred.value import (
 class Product(Deferred):
     """a (x) b: entry [n, i, j] is a[n, i] b[n, j]."""
 
+    noun = "a whole product"
+
     def __init__(self, a: Tensor, b: Tensor, call: tuple[Any, ...], tell: Tell) -> None:
         super().__init__((*a.shape, b.shape[1]), a, call, tell)
         self.a, self.b = a, b
 
 
-class Products(TorchFunctionMode):
+class Products(Following):
     """While active, rank-one products of two matrices' rows are deferred.
 
     Args:
@@ -52,39 +53,47 @@ class Products(TorchFunctionMode):
         rows: float | None = None,
         defer: bool = True,
     ) -> None:
-        super().__init__()
-        self.tell, self.check, self.rows, self.defer = tell, check, rows, defer
+        super().__init__(tell)
+        self.check, self.rows, self.defer = check, rows, defer
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def begin(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         factors = None
-        if func in _PRODUCTS and not kwargs and not making:
+        if func in _PRODUCTS and not kwargs and self.begins:
             factors = _factors(func, args)
         if factors is None:
             return func(*args, **kwargs)
         a, b = factors
+        if func not in _MULTIPLY and autocast_dtype(a) != a.dtype:
+            a, b = (a.to(autocast_dtype(a)),) * 2 if a is b else (x.to(autocast_dtype(x)) for x in (a, b))
+        return self.outer((func, args, kwargs), a, b)
+
+    def outer(self, call: tuple[Any, ...], a: Tensor, b: Tensor) -> Any:
         if self.check is not None:
             self.check(a)
             if b is not a:
                 self.check(b)
+        func, args, kwargs = call
         if not self.defer:
             return func(*args, **kwargs)
         if not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
             # With gradients torch refuses to go on where a factor was changed in place; here nothing would tell.
-            copies = {id(x): x.clone() for x in args if isinstance(x, Tensor)}
-            args = tuple(copies.get(id(x), x) for x in args)
-            a, b = _factors(func, args) or (a, b)
-        if func not in _MULTIPLY and autocast_dtype(a) != a.dtype:
-            a, b = (a.to(autocast_dtype(a)),) * 2 if a is b else (x.to(autocast_dtype(x)) for x in (a, b))
+            a, b = (a.clone(),) * 2 if a is b else (a.clone(), b.clone())
+            call = (_multiplied, (a, b), {})
         if self.rows is not None:
             self.tell("products made of rows that are not zero")
-            return ActiveRows(a, b, self.rows, (func, args, kwargs), self.tell)
+            return ActiveRows(a, b, self.rows, call, self.tell)
         self.tell("products not made")
-        return Product(a, b, (func, args, kwargs), self.tell)
+        return Product(a, b, call, self.tell)
+
+
+def _multiplied(a: Tensor, b: Tensor) -> Tensor:
+    return a[:, :, None] * b[:, None]
 
 
 class ActiveRows(Deferred):
     """a (x) b of the rows where neither is zero, [n_active, D, E], and which these are; the other rows are zero."""
+
+    noun = "a whole product"
 
     def __init__(self, a: Tensor, b: Tensor, threshold: float, call: tuple[Any, ...], tell: Tell) -> None:
         super().__init__((*a.shape, b.shape[1]), a, call, tell)
@@ -93,7 +102,7 @@ class ActiveRows(Deferred):
             if b is not a:
                 zero |= (b.abs() <= threshold).all(1)
             self.rows = zero.logical_not().nonzero()[:, 0]
-        self.product = a[self.rows, :, None] * b[self.rows, None, :]
+        self.product = _multiplied(a[self.rows], b[self.rows])
 
     def _as_called(self, why: str) -> Tensor:
         return self.whole(self.product, None, 1)
@@ -252,6 +261,8 @@ class Line(Deferred):
         axis: the dimension of the columns, at least 1.
     """
 
+    noun = "a product's linear map"
+
     def __init__(self, u: Tensor, b: Tensor | None, c: Tensor, axis: int, call: tuple[Any, ...], tell: Tell) -> None:
         super().__init__((*u.shape[:axis], c.shape[1], *u.shape[axis:]), u, call, tell)
         self.u, self.b, self.c, self.axis = u, None if b is None else b.expand(u.shape), c, axis
@@ -265,6 +276,8 @@ class Line(Deferred):
 
 class Joined(Deferred):
     """Lines and tensors one after another along the dimension of the columns."""
+
+    noun = "tokens with those of a product"
 
     def __init__(self, parts: Sequence[Line | Tensor], axis: int, call: tuple[Any, ...], tell: Tell) -> None:
         shape = list(parts[0].shape)

@@ -8,7 +8,6 @@ import dataclasses
 import inspect
 import math
 import re
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -45,8 +44,8 @@ class Deferred:
         tell: gets a word about each thing that was done.
     """
 
-    loss = True
-    """Whether making it after all is worth a word."""
+    noun = ""
+    """What it is to a reader; empty if making it after all is not worth a word."""
     rules: dict[Any, tuple[Callable[..., Any], frozenset[str] | None]] = {}
     """What it makes of functions that it is given to, which may be NotImplemented, and the keywords each rule takes."""
     __array_priority__ = Tensor.__array_priority__
@@ -58,13 +57,13 @@ class Deferred:
         self.made: Tensor | None = None
         self.marked = False
         self._version_made = 0
-        self._modes, self._hooks = _modes(like.device), _hooks()
+        self._modes, self._hooks = _modes(like.device), saving_hooks()
 
     def make(self, why: str) -> Tensor:
         """The tensor itself, because of an operation that knows no better."""
         if self.made is None:
-            if self.loss:
-                self.tell(f"made a whole {type(self).__name__.lower()} for {why}")
+            if self.noun and not any(type(value) is type(self) for value in making):
+                self.tell(f"made {self.noun} for {why}")
             making.append(self)  # or an active mode would defer it again
             try:
                 self.made = self._as_called(why)
@@ -79,8 +78,8 @@ class Deferred:
         func, args, kwargs = self.call
         if any(value.changed for value in _among(args)):
             raise MemoptError(
-                f"{why} needs a {type(self).__name__.lower()} whose origin was changed in place since: leave out the "
-                "pass that defers it"
+                f"{why} needs {self.noun or 'a product'} whose origin was changed in place since: leave out the pass "
+                "that defers it"
             )
         with contextlib.ExitStack() as stack:
             if self._modes != _modes(self.device):
@@ -88,9 +87,9 @@ class Deferred:
                 stack.enter_context(torch.set_grad_enabled(grad))
                 stack.enter_context(torch.autocast(self.device.type, dtype=dtype, enabled=autocast))
             # Made once for all: what a checkpoint's recomputation will not make again, it must not see made.
-            if self._hooks != _hooks():
+            if self._hooks != saving_hooks():
                 stack.enter_context(saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor))
-            result: Tensor = func(*_made(args, why), **_made(kwargs, why))
+            result: Tensor = func(*tensors_in(args, why), **tensors_in(kwargs, why))
         return result
 
     @property
@@ -175,6 +174,8 @@ for _name in _OPERATORS.split():  # Python looks for these in the class, not by 
 
 def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a function of torch with deferred values among its arguments: by a rule, else with tensors."""
+    if func is Tensor.__rmatmul__:
+        func, args = Tensor.matmul, args[::-1]
     values = list(_among(args))
     if not any(value.changed for value in values):
         for value in values:
@@ -186,7 +187,7 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = getattr(func, "__name__", str(func))
     if args and isinstance(args[0], Deferred) and _MARKING.fullmatch(name):
         args[0].mark(name)
-    return func(*_made(args, name), **_made(kwargs, name))
+    return func(*tensors_in(args, name), **tensors_in(kwargs, name))
 
 
 def _modes(device: torch.device) -> tuple[bool, bool, torch.dtype | None]:
@@ -195,7 +196,7 @@ def _modes(device: torch.device) -> tuple[bool, bool, torch.dtype | None]:
     return torch.is_grad_enabled(), autocast, torch.get_autocast_dtype(device.type) if autocast else None
 
 
-def _hooks() -> Any:
+def saving_hooks() -> Any:
     """The innermost hooks on tensors that are saved for backward."""
     return None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
 
@@ -219,17 +220,17 @@ def _leaves(values: Any) -> Iterator[Any]:
             yield from _leaves(value)
 
 
-def _made(value: Any, why: str) -> Any:
+def tensors_in(value: Any, why: str) -> Any:
     """The same with tensors for deferred values; the very same object if there are none."""
     if isinstance(value, Deferred):
         return value.make(why)
     if isinstance(value, (list, tuple)):
-        items = [_made(item, why) for item in value]
+        items = [tensors_in(item, why) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, Mapping):
-        found = {key: _made(item, why) for key, item in value.items()}
+        found = {key: tensors_in(item, why) for key, item in value.items()}
         if all(found[key] is item for key, item in value.items()):
             return value
         if type(value) is dict:
@@ -240,7 +241,7 @@ def _made(value: Any, why: str) -> Any:
         return twin
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        new = {name: _made(item, why) for name, item in old.items()}
+        new = {name: tensors_in(item, why) for name, item in old.items()}
         if all(new[name] is old[name] for name in old):
             return value
         twin = copy.copy(value)
@@ -252,7 +253,7 @@ def _made(value: Any, why: str) -> Any:
 
 def made(value: Any) -> Any:
     """Tensors for all deferred values in nested tuples, lists, mappings and dataclasses: for what leaves a model."""
-    return _made(value, "the result of the model")
+    return tensors_in(value, "the result of the model")
 
 
 def counting(counts: Counter[str]) -> Tell:
@@ -291,8 +292,13 @@ def parse(args: tuple[Any, ...]) -> tuple[str, str, str] | None:
     """The three parts of an einsum of two operands without repeated letters in one of them."""
     if len(args) != 3 or not isinstance(args[0], str):
         return None
-    match = _EQUATION.fullmatch(args[0].replace(" ", ""))
+    equation = args[0].replace(" ", "")
+    if "Z" not in equation:
+        equation = equation.replace("...", "Z")  # one dimension, or the operands have too many
+    match = _EQUATION.fullmatch(equation)
     if match is None or any(len(set(part)) < len(part) for part in match.groups()):
+        return None
+    if any(len(part) != x.ndim for part, x in zip(match.groups(), args[1:], strict=False)):
         return None
     return match[1], match[2], match[3]
 
@@ -324,35 +330,3 @@ def cast_of(func: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if device.type != x.device.type or device.index not in (None, x.device.index):
             return None
     return dtype if dtype.is_floating_point else None
-
-
-_applying = threading.Lock()
-_modes_active = 0
-
-
-@contextlib.contextmanager
-def functions_get_tensors() -> Iterator[None]:
-    """While active, ``torch.autograd.Function``s are applied to tensors: they would let a deferred value pass by."""
-    global _modes_active
-    if torch.compiler.is_compiling():
-        yield
-        return
-    with _applying:
-        _modes_active += 1
-        if _modes_active == 1:
-            torch.autograd.Function.apply = classmethod(_apply_function)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        with _applying:
-            _modes_active -= 1
-            if _modes_active == 0:
-                torch.autograd.Function.apply = _function_apply  # type: ignore[method-assign]
-
-
-_function_apply: Any = vars(torch.autograd.Function)["apply"]
-
-
-def _apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    why = cls.__name__
-    return _function_apply.__get__(None, cls)(*_made(args, why), **_made(kwargs, why))

@@ -12,19 +12,22 @@ Fused kernels add up in float32, as careful code does by hand, so the result is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memopt.core import Edit
-from memopt.deferred import Attentions, counting, made
-from memopt.errors import InputError
+from memopt.deferred import Attentions, counting, made, watched
+from memopt.errors import InputError, MemoptError
+from memopt.ops.kernels import PACKAGES, package_attention, torch_attention
 from memopt.registry import Claim, Context, Pass
-from memopt.source import writes_attention
+from memopt.source import matrix_products, writes_attention
 
-BACKENDS = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
+TORCH = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
+BACKENDS = ("auto", *TORCH, *PACKAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,44 +42,64 @@ class FusedAttention(Pass):
         "calls scaled_dot_product_attention already has nothing to gain"
     )
 
-    backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
-    """Which kernel: torch's choice, or this one, and an error where it cannot run."""
+    backend: Literal["auto", "flash", "efficient", "cudnn", "math", "fa3", "xformers", "sage"] = "auto"
+    """Which kernel: torch's choice; this one of torch's; or that of a package (CUDA only). An error where it cannot
+    run. sage (SageAttention) quantizes queries and keys to 8 bits and has no backward: not exact."""
 
     def __post_init__(self) -> None:
-        if self.backend != "auto" and self.backend not in BACKENDS:
-            raise InputError(f"fused_attention: backend {self.backend!r} is not one of auto, {', '.join(BACKENDS)}")
+        if self.backend not in BACKENDS:
+            raise InputError(f"fused_attention: backend {self.backend!r} is not one of {', '.join(BACKENDS)}")
+        object.__setattr__(self, "exact", self.backend != "sage")
 
     def plan(self, model: nn.Module, context: Context) -> list[Claim]:
         return [
             Claim(path, "graph", "attention")
             for path, module in model.named_modules()
-            if writes_attention(type(module)) and not _is_fused(module)
+            if writes_attention(type(module), _helper(module)) and not _is_fused(module)
         ]
 
     def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
         tell = counting(edit.counts)
 
-        def around(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with Attentions(tell), self._kernel():
-                return made(inner(*args, **kwargs))
+        attend = package_attention(self.backend) if self.backend in PACKAGES else torch_attention
+
+        def follow(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with Attentions(tell, attend), watched(), self._kernel():
+                return inner(*args, **kwargs)
+
+        def outermost(*args: Any, **kwargs: Any) -> Any:
+            return made(follow(*args, **kwargs))
 
         for claim in claims:
-            edit.wrap(edit.module(claim.path), "forward", around)
+            module = edit.module(claim.path)
+            # Also the methods themselves: a model may call them again in backward.
+            for method in {*matrix_products(type(module), _helper(module))} - {"forward"}:
+                edit.wrap(module, method, follow)
+            edit.wrap(module, "forward", outermost)
 
-    def _kernel(self) -> Any:
-        if self.backend == "auto":
-            return contextlib.nullcontext()
-        from torch.nn.attention import SDPBackend, sdpa_kernel
+    @contextlib.contextmanager
+    def _kernel(self) -> Iterator[None]:
+        if self.backend not in TORCH:
+            yield
+            return
+        try:
+            with sdpa_kernel(getattr(SDPBackend, TORCH[self.backend])):
+                yield
+        except RuntimeError as error:
+            if "backend" not in str(error) and "kernel" not in str(error):
+                raise
+            raise MemoptError(
+                f"fused_attention: torch's {self.backend} kernel cannot run this attention here ({error}). "
+                "backend='auto' lets torch choose"
+            ) from error
 
-        return sdpa_kernel(getattr(SDPBackend, BACKENDS[self.backend]))
+
+def _helper(module: nn.Module) -> type | None:
+    """What diffusers' attention leaves the computation to, which may call the module's own methods for it."""
+    processor = getattr(module, "processor", None)
+    return None if processor is None or isinstance(processor, nn.Module) else type(processor)
 
 
 def _is_fused(module: nn.Module) -> bool:
-    """Whether a module whose code can write attention out is set to call a fused operation.
-
-    diffusers keeps what is called in ``processor``, transformers names it in the configuration.
-    """
-    processor = getattr(module, "processor", None)
-    if processor is not None and not isinstance(processor, nn.Module):
-        return not writes_attention(type(processor), "get_attention_scores")
+    """Whether a module whose code can write attention out is configured to call a fused operation (transformers)."""
     return getattr(getattr(module, "config", None), "_attn_implementation", None) not in (None, "eager")
