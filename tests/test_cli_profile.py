@@ -58,17 +58,21 @@ def test_the_quickstart_is_profiled_without_its_data(tmp_path, capsys, monkeypat
     monkeypatch.chdir(tmp_path)
     files = ["--json", "r.json", "--plot", "r.png", "--html", "r.html"]
     text = run(capsys, "profile", HAE, "--device", "cpu", *files)
-    assert text.startswith(
-        "HAEUNetModelV2Conservative: training step on cpu, computed on fake tensors; inputs: image=16x"
-    )
+    assert text.startswith("HAEUNetModelV2: training step on cpu, computed on fake tensors; inputs: image=16x")
     for part in ("Peak ", "at the peak", "Kept for backward: ", "Largest tensors", "Skip connections", "wrote r.json"):
         assert part in text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.html", "r.json", "r.png"]  # no data was prepared
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>")
     found = MemoryReport.load("r.json")
-    assert found.peak == sum(found.peak_by_category.values()) > 100 << 20
+    assert found.passes == ("outer_product()",)
+    assert found.peak == sum(found.peak_by_category.values()) > 80 << 20
     assert found.seconds < 30
+    run(capsys, "profile", HAE, "--device", "cpu", "--passes", "", "--json", "plain.json")
+    plain = MemoryReport.load("plain.json")
+    assert plain.passes == ()
+    assert plain.peak > found.peak
+    assert plain.kept > found.kept
 
 
 def test_the_keys_of_the_json_are_stable(tmp_path, capsys):

@@ -1,8 +1,8 @@
 """The promises of docs/design.md, for every pass on every model of the zoo.
 
 Exact passes: loss, every gradient, buffers and generator states bitwise equal to the untouched model's, over two steps
-(the first call of a block is special to some passes). The model stays itself, undo leaves no trace, exceptions leave it
-usable, and a pass that finds nothing says so.
+(the first call of a block is special to some passes); equal to rounding where a pass does other arithmetic. The model
+stays itself, undo leaves no trace, exceptions leave it usable, and a pass that finds nothing says so.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from torch import nn
 
 import memopt
 from memopt import Claim, NothingToDo, Pass
-from memopt.passes import AMP, CacheCleanup, Checkpoint, SetToNone
+from memopt.passes import AMP, CacheCleanup, Checkpoint, FusedAttention, OuterProduct, SetToNone
 from tests.zoo import ZOO, differences, fingerprint, leaves, loss_of, placed, run
 
 # torch says so under plain autocast too, where a norm in float32 meets half-precision input (flux).
@@ -27,12 +27,21 @@ PASSES = {
     "amp_fp16": AMP(dtype="fp16"),
     "set_to_none": SetToNone(),
     "cache_cleanup": CacheCleanup(),
+    "outer_product": OuterProduct(),
+    "outer_product_sparse": OuterProduct(mode="sparse"),
+    "fused_attention": FusedAttention(),
 }
+REWRITES = OuterProduct | FusedAttention
+WRITES_ATTENTION = {"hae_v2", "guided_unet", "guided_unet_legacy", "monai_diffusion_unet"}
 # Half precision rounds each operation to 2^-8 relative (bf16); a step of a small model stays within a few of these.
 LOSS_TOLERANCE = 0.05
 
 
 def applies(pass_, case):
+    if isinstance(pass_, OuterProduct):
+        return case.name == "hae_v2"
+    if isinstance(pass_, FusedAttention):
+        return case.name in WRITES_ATTENTION
     return case.blocks or not isinstance(pass_, Checkpoint)
 
 
@@ -74,6 +83,8 @@ def assert_bitwise(expected, found, equal=torch.equal):
 def exactly(pass_, case):
     """How equal an exact pass must be. A legacy checkpoint function adds up the gradients of what its blocks share in
     another order than autograd does: without it they agree to rounding."""
+    if isinstance(pass_, REWRITES):
+        return to_rounding
     if case.name == "guided_unet_legacy" and isinstance(pass_, Checkpoint):
         return lambda a, b: (a - b).norm() <= (1e-5 if a.dtype == torch.float32 else 1e-12) * a.norm()
     return torch.equal
@@ -88,14 +99,22 @@ def expected(case):
     return EXPECTED[case.name]
 
 
+def to_rounding(a, b):
+    """Single entries may be rounding and nothing else, such as the gradient of the keys' bias."""
+    relative, absolute = (1e-4, 1e-6) if a.dtype == torch.float32 else (1e-10, 1e-14)
+    return (a - b).norm() <= relative * a.norm() + absolute * a.numel() ** 0.5
+
+
 # Promise 1: exact unless it says otherwise.
 
 
 @pytest.mark.parametrize(("pass_", "case"), pairs(exact=True))
 def test_exact_passes_are_bitwise_exact(pass_, case):
     model = case.build()
-    put(pass_, model)
+    handle = put(pass_, model)
     assert_bitwise(expected(case), steps(model, case), exactly(pass_, case))
+    if isinstance(pass_, REWRITES):
+        assert handle.report().rows[0].counts
 
 
 @pytest.mark.parametrize(("pass_", "case"), pairs(exact=False))
@@ -155,7 +174,7 @@ def test_a_deep_copy_is_an_equal_model_of_its_own(pass_, case):
     assert run(twin, case)[0].isfinite()  # the copy does not lean on the original
 
 
-@pytest.mark.parametrize(("pass_", "case"), pairs("checkpoint", "set_to_none"))
+@pytest.mark.parametrize(("pass_", "case"), pairs("checkpoint", "set_to_none", "outer_product", "fused_attention"))
 def test_to_another_dtype_after_apply(pass_, case):
     if case.name in ("autoencoder_kl", "own_autocast"):
         pytest.skip("draws or computes in float32 by itself")
@@ -294,10 +313,11 @@ def test_exact_passes_together_and_undone_in_another_order(case):
     model = case.build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = fingerprint(model)
-    handles = [memopt.apply(model, [p], optimizer=optimizer) for p in PASSES.values() if p.exact]
-    handles[0].undo()
-    handles[2].undo()
-    handles[1].undo()
+    exact = [p for p in PASSES.values() if p.exact and applies(p, case) and getattr(p, "mode", "") != "sparse"]
+    handles = [memopt.apply(model, [p], optimizer=optimizer) for p in exact]
+    for i in (0, 2, 1, *range(3, len(handles))):
+        handles[i].undo()
     assert differences(before, fingerprint(model)) == []
-    memopt.apply(model, [p for p in PASSES.values() if p.exact], optimizer=optimizer)
-    assert_bitwise(expected(case), steps(model, case), exactly(PASSES["checkpoint"], case))
+    memopt.apply(model, exact, optimizer=optimizer)
+    equal = to_rounding if any(isinstance(p, REWRITES) for p in exact) else exactly(PASSES["checkpoint"], case)
+    assert_bitwise(expected(case), steps(model, case), equal)

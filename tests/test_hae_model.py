@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from examples.hae_v2 import blocks
 from examples.hae_v2.blocks import AttentionBlock, MultiScaleSparseTransformerBlockV2, SparseSelfAttention
 from examples.hae_v2.model import HAEUNetModelV2, HAEUNetModelV2Conservative
+from memopt.core import active_passes
+from memopt.passes import OuterProduct
 
 BRATS128 = json.loads((Path(__file__).parent / "data" / "brats128_state_dict.json").read_text())
 
@@ -402,13 +404,36 @@ def test_whole_model_in_float64_agrees():
     torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-5)
 
 
-def test_conservative_model_gives_the_same_numbers():
-    plain, conservative = make().eval(), make(HAEUNetModelV2Conservative, memory_optimization=True).eval()
-    conservative.load_state_dict(plain.state_dict())
+def trained(model, null):
+    """The output and all gradients of a step, with these conditions dropped."""
+    torch.manual_seed(3)
     x, t, y = batch()
-    null = torch.tensor([True, False])
-    assert torch.equal(*(model(x, t, y, clf_free=True, null=null) for model in (plain, conservative)))
-    assert conservative.zero_threshold == 1e-6
+    model.zero_grad()
+    out = model(x.double(), t, y, clf_free=True, null=torch.tensor(null))
+    out.square().mean().backward()
+    return {"output": out.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("null", [[False, False], [True, False], [True, True]])
+@pytest.mark.parametrize("mode", ["rank_one", "sparse", "dense"])
+def test_conservative_model_is_the_plain_one(mode, null):
+    plain, conservative = make().double(), make(HAEUNetModelV2Conservative, mode=mode).double()
+    assert list(conservative.state_dict()) == list(plain.state_dict())
+    conservative.load_state_dict(plain.state_dict())
+    expected, found = trained(plain, null), trained(conservative, null)
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-10, atol=1e-10 * scale)
+    again = make().double()
+    again.load_state_dict(conservative.state_dict())
+    assert torch.equal(trained(again, null)["output"], expected["output"])
+
+
+def test_conservative_model_without_optimization_is_untouched():
+    model = make(HAEUNetModelV2Conservative, memory_optimization=False)
+    assert type(model) is HAEUNetModelV2Conservative
+    assert active_passes(model).passes == ()
+    assert active_passes(make(HAEUNetModelV2Conservative)).passes == (OuterProduct(zero_threshold=1e-6),)
 
 
 def test_export_captures_the_model():
@@ -459,7 +484,12 @@ def test_constructor_names_what_is_wrong(changes, message):
 
 
 def test_conservative_arguments_are_checked():
-    for changes in ({"zero_threshold": -1}, {"zero_threshold": math.nan}, {"memory_optimization": "yes"}):
+    for changes in (
+        {"zero_threshold": -1},
+        {"zero_threshold": math.nan},
+        {"memory_optimization": "yes"},
+        {"mode": "x"},
+    ):
         with pytest.raises(ValueError, match=next(iter(changes))):
             make(HAEUNetModelV2Conservative, **changes)
 

@@ -15,12 +15,14 @@ class embedding c also enters every attention block, as E more keys and values m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+import memopt
+from memopt.passes import OuterProduct
 
 from .blocks import (
     AttentionBlock,
@@ -337,25 +339,31 @@ class HAEUNetModelV2(nn.Module):
 
 
 class HAEUNetModelV2Conservative(HAEUNetModelV2):
-    """The HAE V2 UNet that keeps the outer product of its condition out of memory; the tensors are the plain model's.
+    """The plain HAE V2 UNet with memopt's `OuterProduct` applied: the condition's outer product is never made.
 
-    The outer-product pass is not part of the toolkit yet: until it is, the two arguments are kept and the model runs
-    as the plain one, with the same numbers.
+    Parameters and their names are the plain model's, outputs and gradients equal to rounding.
 
     Args:
         *args: as for `HAEUNetModelV2`.
         memory_optimization: False for the plain model.
-        zero_threshold: a condition whose entries are all at most this large counts as dropped.
+        zero_threshold: for ``mode="sparse"`` of the pass: there a condition whose entries are all at most this large
+            counts as dropped. The default mode treats all conditions alike and needs none.
+        mode: of the pass.
         **kwargs: as for `HAEUNetModelV2`.
     """
 
     def __init__(
-        self, *args: Any, memory_optimization: bool = True, zero_threshold: float = 1e-6, **kwargs: Any
+        self,
+        *args: Any,
+        memory_optimization: bool = True,
+        zero_threshold: float = 1e-6,
+        mode: Literal["rank_one", "sparse", "dense"] = "rank_one",
+        **kwargs: Any,
     ) -> None:
         if not isinstance(memory_optimization, bool):
             raise ValueError(f"memory_optimization must be True or False, got {memory_optimization!r}")
-        if not (math.isfinite(zero_threshold) and zero_threshold >= 0):
-            raise ValueError(f"zero_threshold must be a finite number of at least 0, got {zero_threshold}")
         super().__init__(*args, **kwargs)
+        outer_product = OuterProduct(mode=mode, zero_threshold=zero_threshold)
         self.memory_optimization = memory_optimization
-        self.zero_threshold = float(zero_threshold)
+        if memory_optimization:
+            memopt.apply(self, [outer_product])

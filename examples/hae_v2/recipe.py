@@ -19,7 +19,7 @@ from memopt.recipe import Grid, Recipe, TrainConfig
 
 from .data import SliceDataset, ensure_data
 from .diffusion import Diffusion
-from .model import HAEUNetModelV2Conservative
+from .model import HAEUNetModelV2
 from .simulate import MODALITIES
 
 CLASSES = ("healthy", "lesion")
@@ -45,8 +45,6 @@ class HAEConfig(TrainConfig):
     """In residual blocks and MLPs."""
     num_classes: int = 2
     """Healthy and lesion."""
-    memory_optimization: bool = True
-    """Argument of the Conservative class."""
     drop_condition: float = 0.1
     """Share of samples trained without their class, for classifier-free guidance (the paper's threshold)."""
     diffusion_steps: int = 1000
@@ -84,7 +82,10 @@ class HAEConfig(TrainConfig):
 
 
 class HAE(Recipe[HAEConfig]):
-    """Class-conditional diffusion of four-modality slices, trained on healthy and diseased ones alike."""
+    """Class-conditional diffusion of four-modality slices, trained on healthy and diseased ones alike.
+
+    The model is the plain one, and the presets' passes make it the Conservative one: ``--passes ""`` takes that away.
+    """
 
     name = "hae_v2"
     presets = {
@@ -105,6 +106,7 @@ class HAE(Recipe[HAEConfig]):
             ema_decay=0.99,
             save_every=250,
             num_workers=0,
+            passes=("outer_product",),
         ),
         "brats128": HAEConfig(
             steps=100_000,
@@ -114,12 +116,13 @@ class HAE(Recipe[HAEConfig]):
             log_every=50,
             sample_steps=250,
             num_workers=4,
+            passes=("outer_product",),
         ),
     }
 
     def model(self, config: HAEConfig) -> nn.Module:
         try:
-            return HAEUNetModelV2Conservative(
+            return HAEUNetModelV2(
                 image_size=config.image_size,
                 in_channels=len(MODALITIES),
                 model_channels=config.model_channels,
@@ -130,7 +133,6 @@ class HAE(Recipe[HAEConfig]):
                 channel_mult=config.channel_mult,
                 num_classes=config.num_classes,
                 num_heads=config.num_heads,
-                memory_optimization=config.memory_optimization,
             )
         except ValueError as error:
             raise InputError(f"recipe {self.name}: {error}") from None
