@@ -170,8 +170,20 @@ def torchrun(*arguments, cwd=ROOT):
 
 @pytest.mark.parametrize(
     ("null_rows", "passes"),
-    [((1,), ""), ((2, 3), ""), ((0, 1, 2, 3), "checkpoint")],
-    ids=["mixed", "all dropped on one rank", "all dropped everywhere, with checkpoint"],
+    [
+        ((1,), ""),
+        ((2, 3), ""),
+        ((0, 1, 2, 3), "checkpoint"),
+        ((2, 3), "outer_product,fused_attention"),
+        ((2, 3), "outer_product:mode=sparse"),
+    ],
+    ids=[
+        "mixed",
+        "all dropped on one rank",
+        "all dropped everywhere, with checkpoint",
+        "all dropped on one rank, rank one",
+        "all dropped on one rank, sparse",
+    ],
 )
 def test_two_processes_give_the_gradients_of_one(tmp_path, null_rows, passes):
     file = tmp_path / "gradients.pt"

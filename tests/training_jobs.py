@@ -68,6 +68,7 @@ def hae_trainer(null_rows: tuple[int, ...] | None = None, double: bool = True, *
             return super().loss(config, model, batch)
 
     base = dataclasses.replace(hae.presets["quickstart"], batch_size=4, dropout=0.0, image_size=16, num_workers=0)
+    base = dataclasses.replace(base, passes=())
     return Trainer(OnNoise(), dataclasses.replace(base, **changes), data=None, cache=Path("unused"))
 
 

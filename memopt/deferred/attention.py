@@ -25,7 +25,7 @@ from memopt.deferred.value import (
 from memopt.ops import rank_one
 from memopt.ops.kernels import Attend, torch_attention
 
-_MATMUL = {torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
+_MATMUL = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 class Logits(Deferred):

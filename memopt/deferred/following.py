@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from memopt.deferred.value import PLAIN, Deferred, Tell, apply, making, saving_hooks, tensors_in
+from memopt.deferred.value import PLAIN, Deferred, Tell, apply, saving_hooks, tensors_in, work
 
 
 class Following(TorchFunctionMode):
@@ -27,11 +28,11 @@ class Following(TorchFunctionMode):
         super().__init__()
         self.tell = tell
         self._hooks = saving_hooks()
-        self._follows = not torch.compiler.is_compiling() or _operators_in_order()
+        self._follows = not torch.compiler.is_dynamo_compiling() or _operators_in_order()
 
     @property
     def begins(self) -> bool:
-        return self._follows and not making and self._hooks == saving_hooks()
+        return self._follows and not work() and self._hooks == saving_hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -63,7 +64,8 @@ def _operators_in_order() -> bool:
 
     for home in (builtin, torch_function):
         if hasattr(home, "BUILTIN_TO_TENSOR_RFN_MAP") and hasattr(home, "populate_builtin_to_tensor_fn_map"):
-            home.populate_builtin_to_tensor_fn_map()
+            with unset_fake_temporarily():  # under which torch.compile asks
+                home.populate_builtin_to_tensor_fn_map()
             for name in (operator.matmul, operator.imatmul):
                 home.BUILTIN_TO_TENSOR_RFN_MAP.setdefault(name, Tensor.__rmatmul__)
             return True
@@ -75,13 +77,14 @@ _lock = threading.Lock()
 _watching = 0
 
 
-@contextlib.contextmanager
-def watched() -> Iterator[None]:
+def watched() -> contextlib.AbstractContextManager[None]:
     """While active, ``torch.autograd.Function``s are applied to tensors, and vmap tells of outer products."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _watch()
+
+
+@contextlib.contextmanager
+def _watch() -> Iterator[None]:
     global _watching
-    if torch.compiler.is_compiling():
-        yield
-        return
     with _lock:
         _watching += 1
         if _watching == 1:

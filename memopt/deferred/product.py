@@ -23,6 +23,7 @@ from memopt.deferred.value import (
     order_of,
     parse,
     rule,
+    work,
 )
 
 
@@ -102,7 +103,12 @@ class ActiveRows(Deferred):
             if b is not a:
                 zero |= (b.abs() <= threshold).all(1)
             self.rows = zero.logical_not().nonzero()[:, 0]
-        self.product = _multiplied(a[self.rows], b[self.rows])
+        working = work()
+        working.append(self)  # this product is to be made, whatever mode is active besides
+        try:
+            self.product = _multiplied(a[self.rows], b[self.rows])
+        finally:
+            working.pop()
 
     def _as_called(self, why: str) -> Tensor:
         return self.whole(self.product, None, 1)
@@ -126,9 +132,9 @@ def _(func: Any, x: Any, weight: Tensor, bias: Tensor | None = None, *more: Any)
     return x.whole(func(x.product, *given), bias, 1 if func.__name__ == "conv1d" else 2)
 
 
-_MULTIPLY = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
-_MATMUL = {torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
-_PRODUCTS = {torch.einsum, *_MULTIPLY, *_MATMUL}
+_MULTIPLY = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+_MATMUL = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_PRODUCTS = (torch.einsum, *_MULTIPLY, *_MATMUL)
 
 
 def _factors(func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:

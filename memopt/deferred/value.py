@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import math
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,8 +21,6 @@ from torch.nn import functional as F
 
 from memopt.errors import MemoptError
 
-making: list[Deferred] = []
-"""Those that are being made: what their calls do is done, not deferred."""
 Tell = Callable[[str], None]
 PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 """Types of tensors without a behaviour of their own."""
@@ -62,13 +61,14 @@ class Deferred:
     def make(self, why: str) -> Tensor:
         """The tensor itself, because of an operation that knows no better."""
         if self.made is None:
-            if self.noun and not any(type(value) is type(self) for value in making):
+            working = work()
+            if self.noun and (type(self), "made") not in working:
                 self.tell(f"made {self.noun} for {why}")
-            making.append(self)  # or an active mode would defer it again
+            working.append((type(self), "made"))
             try:
                 self.made = self._as_called(why)
             finally:
-                making.pop()
+                working.pop()
             if not torch.compiler.is_compiling():
                 self._version_made = -1 if self.made.is_inference() else self.made._version
         return self.made
@@ -81,16 +81,19 @@ class Deferred:
                 f"{why} needs {self.noun or 'a product'} whose origin was changed in place since: leave out the pass "
                 "that defers it"
             )
-        with contextlib.ExitStack() as stack:
-            if self._modes != _modes(self.device):
-                grad, autocast, dtype = self._modes
-                stack.enter_context(torch.set_grad_enabled(grad))
-                stack.enter_context(torch.autocast(self.device.type, dtype=dtype, enabled=autocast))
-            # Made once for all: what a checkpoint's recomputation will not make again, it must not see made.
-            if self._hooks != saving_hooks():
-                stack.enter_context(saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor))
+        if self._modes == _modes(self.device) and self._hooks == saving_hooks():
             result: Tensor = func(*tensors_in(args, why), **tensors_in(kwargs, why))
-        return result
+            return result
+        grad, autocast, dtype = self._modes
+        # Made once for all: what a checkpoint's recomputation will not make again, it must not see made.
+        unseen = self._hooks != saving_hooks()
+        with (
+            torch.set_grad_enabled(grad),
+            torch.autocast(self.device.type, dtype=dtype, enabled=autocast) if autocast else _plain(self.device),
+            saved_tensors_hooks(_same, _same) if unseen else contextlib.nullcontext(),
+        ):
+            result = func(*tensors_in(args, why), **tensors_in(kwargs, why))
+            return result
 
     @property
     def changed(self) -> bool:
@@ -181,7 +184,12 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for value in values:
             rule, names = type(value).rules.get(func, (None, None))
             if rule is not None and (names is None or kwargs.keys() <= names):
-                result = rule(func, *args, **kwargs)
+                working = work()
+                working.append((type(value), "followed"))
+                try:
+                    result = rule(func, *args, **kwargs)
+                finally:
+                    working.pop()
                 if result is not NotImplemented:
                     return result
     name = getattr(func, "__name__", str(func))
@@ -190,9 +198,35 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*tensors_in(args, name), **tensors_in(kwargs, name))
 
 
+def work() -> list[Any]:
+    """What this thread is making or following by a rule; while it is, no chain begins."""
+    if torch.compiler.is_compiling():
+        return _compiled_work
+    if not hasattr(_thread, "work"):
+        _thread.work = []
+    found: list[Any] = _thread.work
+    return found
+
+
+_thread = threading.local()
+_compiled_work: list[Any] = []
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _plain(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Without autocast, where there is one."""
+    if _modes(device)[1]:
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _modes(device: torch.device) -> tuple[bool, bool, torch.dtype | None]:
     """Whether gradients are recorded, and the state of autocast."""
-    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
+    autocast = known and torch.is_autocast_enabled(device.type)
     return torch.is_grad_enabled(), autocast, torch.get_autocast_dtype(device.type) if autocast else None
 
 
@@ -296,11 +330,13 @@ def parse(args: tuple[Any, ...]) -> tuple[str, str, str] | None:
     if "Z" not in equation:
         equation = equation.replace("...", "Z")  # one dimension, or the operands have too many
     match = _EQUATION.fullmatch(equation)
-    if match is None or any(len(set(part)) < len(part) for part in match.groups()):
+    if match is None:
         return None
-    if any(len(part) != x.ndim for part, x in zip(match.groups(), args[1:], strict=False)):
+    left, right, out = match[1], match[2], match[3]
+    if len(left) != args[1].ndim or len(right) != args[2].ndim:
         return None
-    return match[1], match[2], match[3]
+    repeats = any([len(set(part)) < len(part) for part in (left, right, out)])  # noqa: C419 (torch.compile of 2.8)
+    return None if repeats else (left, right, out)
 
 
 def order_of(func: Any, ndim: int, dims: tuple[Any, ...]) -> list[int]:

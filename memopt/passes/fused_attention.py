@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -77,13 +78,16 @@ class FusedAttention(Pass):
                 edit.wrap(module, method, follow)
             edit.wrap(module, "forward", outermost)
 
-    @contextlib.contextmanager
-    def _kernel(self) -> Iterator[None]:
+    def _kernel(self) -> contextlib.AbstractContextManager[None]:
         if self.backend not in TORCH:
-            yield
-            return
+            return contextlib.nullcontext()
+        kernel = sdpa_kernel(getattr(SDPBackend, TORCH[self.backend]))
+        return kernel if torch.compiler.is_compiling() else self._with_reason(kernel)
+
+    @contextlib.contextmanager
+    def _with_reason(self, kernel: contextlib.AbstractContextManager[None]) -> Iterator[None]:
         try:
-            with sdpa_kernel(getattr(SDPBackend, TORCH[self.backend])):
+            with kernel:
                 yield
         except RuntimeError as error:
             if "backend" not in str(error) and "kernel" not in str(error):

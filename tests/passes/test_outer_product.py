@@ -4,6 +4,7 @@ The algebra itself is tested in tests/test_deferred.py.
 """
 
 import copy
+from collections import Counter
 
 import einops
 import pytest
@@ -363,12 +364,16 @@ def test_writing_into_the_product(mode):
 
 
 class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that are made, and the operations that look at values."""
+
     def __init__(self):
         super().__init__()
-        self.seen = set()
+        self.seen, self.looks = set(), Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal", "unique"):
+            self.looks[func] += 1
         self.seen |= {tuple(t.shape) for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)}
         return result
 
@@ -384,6 +389,17 @@ def test_nothing_large_is_ever_made():
     large = {(3, 128, 128), (12, 64, 192), (12, 16, 128), (12, 16, 192)}
     assert large <= dense.seen
     assert not large & less.seen
+
+
+def test_the_device_is_never_waited_for():
+    """But in the mode that counts rows, once; and for ``check_finite``."""
+    model, inputs = hae(torch.float32), batch(dtype=torch.float32)
+    with Shapes() as dense:
+        results(model, inputs)
+    for given, more in (({}, 0), ({"mode": "sparse"}, 1), ({"check_finite": True}, 1)):
+        with memopt.apply(model, [OuterProduct(**given)]), Shapes() as found:
+            results(model, inputs)
+        assert found.looks.total() == dense.looks.total() + more
 
 
 @pytest.mark.parametrize("passes", [["outer_product"], ["outer_product", "fused_attention", "checkpoint"]])
