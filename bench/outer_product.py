@@ -177,6 +177,7 @@ def whole(batch: int = 14) -> None:
         ("dense", [], None),
         ("published, 10% of the rows zero", [], 1),
         ("published, all rows zero", [], batch),
+        ("fused_attention alone", ["fused_attention"], None),
         ("rank_one, any share", ["outer_product"], None),
         ("rank_one + fused_attention", ["outer_product", "fused_attention"], None),
     ]

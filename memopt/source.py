@@ -1,13 +1,15 @@
 """What the code of a module's class says: finds calls in it without running it.
 
 A plan has no inputs to run a model with, and tracing stops at the first branch on a value. The source of the class,
-read as a syntax tree, shows all its branches; functions that it names are read, too. What is found is where to look
-when the model runs.
+read as a syntax tree, shows all its branches; functions that it names are read, too. Where there is no source, as for
+what was typed into an interpreter, the compiled code says nearly as much. What is found is where to look when the model
+runs.
 """
 
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import inspect
 import re
@@ -78,7 +80,7 @@ def _methods(cls: type) -> dict[str, Code]:
 
 @functools.lru_cache(maxsize=4096)
 def _classes(cls: type) -> tuple[tuple[type, Code], ...]:
-    """A class and its bases, without those of torch itself and those that have no source."""
+    """A class and its bases, without those of torch itself."""
     trees = ((base, _tree(base)) for base in cls.__mro__)
     return tuple((base, _with_functions(tree, base.__module__)) for base, tree in trees if tree is not None)
 
@@ -114,13 +116,55 @@ def _functions_in(tree: ast.AST, module: str) -> Iterator[types.FunctionType]:
 
 @functools.lru_cache(maxsize=16384)
 def _tree(item: Any) -> ast.AST | None:
-    """The syntax tree of a class or function; None for torch's and Python's own, and where there is no source."""
-    if item.__module__ is None or item.__module__.partition(".")[0] in {"torch", *sys.stdlib_module_names}:
+    """The syntax tree of a class or function; None for torch's and Python's own."""
+    home = (item.__module__ or "").partition(".")[0]
+    if home in {"torch", *sys.stdlib_module_names} - {"builtins"}:
         return None
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(item)))
-    except (OSError, TypeError, SyntaxError):  # made in an interpreter, or by code
-        return None
+    except (OSError, TypeError, SyntaxError):  # typed into an interpreter, or made by code
+        return _compiled_class(item) if isinstance(item, type) else _compiled(item)
+
+
+def _compiled_class(cls: type) -> ast.AST:
+    methods: list[ast.stmt] = [
+        _compiled(value) for value in vars(cls).values() if isinstance(value, types.FunctionType)
+    ]
+    return ast.ClassDef(name=cls.__name__, bases=[], keywords=[], body=methods, decorator_list=[])
+
+
+def _compiled(function: types.FunctionType) -> ast.FunctionDef:
+    """A tree with the names, texts and products in a function's compiled code, in no order."""
+    found: list[ast.expr] = []
+
+    def collect(code: types.CodeType) -> None:
+        found.extend(ast.Name(id=name) for name in code.co_names)
+        texts: list[ast.expr] = [ast.Constant(value=value) for value in code.co_consts if isinstance(value, str)]
+        instructions = list(dis.get_instructions(code))
+        operations = {instruction.opname for instruction in instructions}
+        # Operands are not told apart: any could be one that gets a dimension, if something here does.
+        widens = "unsqueeze" in code.co_names or {"BUILD_SLICE", "BUILD_TUPLE"} <= operations
+        widens |= any(isinstance(value, tuple) and None in value for value in code.co_consts)
+        name = "unsqueeze" if widens else ""
+        operand: ast.expr = ast.Call(func=ast.Name(id=name), args=[], keywords=[])
+        for name in code.co_names:
+            given = texts if name == "einsum" else [operand, operand]
+            found.append(ast.Call(func=ast.Name(id=name), args=given, keywords=[]))
+        for instruction in instructions:
+            if instruction.argrepr == "@" or instruction.opname == "BINARY_MATRIX_MULTIPLY":  # Python 3.10
+                found.append(ast.BinOp(left=operand, op=ast.MatMult(), right=operand))
+            elif instruction.argrepr == "*" or instruction.opname == "BINARY_MULTIPLY":
+                found.append(ast.BinOp(left=operand, op=ast.Mult(), right=operand))
+        for value in code.co_consts:
+            if isinstance(value, types.CodeType):
+                collect(value)
+
+    collect(function.__code__)
+    body: list[ast.stmt] = [ast.Expr(value=value) for value in found]
+    return ast.FunctionDef(name=function.__name__, args=_NO_ARGUMENTS, body=body, decorator_list=[])
+
+
+_NO_ARGUMENTS = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
 
 
 def _squares(code: Code) -> bool:
