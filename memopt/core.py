@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from memopt.errors import AlreadyApplied, InputError, MemoptError, NothingToDo, PassConflict
-from memopt.registry import STAGES, Claim, Context, Pass, resolve
+from memopt.registry import STAGES, Claim, Context, Pass, exactness, resolve
 from memopt.reports import Report, ReportRow, Saving
 
 PHASES = ("sampling", "evaluation", "checkpoint")
@@ -298,6 +298,7 @@ class Handle:
                 ReportRow(
                     name=e.pass_.name,
                     exact=e.pass_.exact,
+                    exactness=exactness(e.pass_),
                     config=str(e.pass_),
                     claims=tuple(e.claims),
                     notes=tuple(e.notes),

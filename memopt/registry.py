@@ -68,6 +68,8 @@ class Pass(ABC):
     """When it is applied, whatever order the user lists: rewrite, then hook, then wrap."""
     exact: ClassVar[bool]
     """True: loss and every gradient stay as they were. False: ``changes`` says what does not."""
+    rounding: ClassVar[bool] = False
+    """For exact passes: equal to rounding rather than bit by bit, because the same is computed in another way."""
     modes: ClassVar[frozenset[str]] = frozenset({"train", "infer"})
     needs: ClassVar[str] = "any model"
     """What it must find; the error for an empty plan and ``memopt passes`` show it."""
@@ -101,6 +103,13 @@ class Pass(ABC):
             if getattr(self, f.name) != f.default
         ]
         return f"{self.name}({', '.join(given)})"
+
+
+def exactness(pass_: Pass | type[Pass]) -> str:
+    """How equal results with a pass are to those without, in words."""
+    if not pass_.exact:
+        return "not exact"
+    return "exact to rounding" if pass_.rounding else "exact"
 
 
 def available_passes() -> dict[str, type[Pass]]:

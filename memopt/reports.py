@@ -36,6 +36,8 @@ class ReportRow:
 
     name: str
     exact: bool
+    exactness: str
+    """In words: exact, exact to rounding, not exact."""
     config: str
     claims: tuple[Claim, ...]
     notes: tuple[str, ...]
@@ -55,7 +57,7 @@ class Report:
             return "no passes applied"
         lines = []
         for row in self.rows:
-            lines.append(f"{row.config}  [{'exact' if row.exact else 'not exact'}]")
+            lines.append(f"{row.config}  [{row.exactness}]")
             for aspect, paths in _by_aspect(row.claims).items():
                 shown = ", ".join(paths[:4]) + (f", ... ({len(paths)} in all)" if len(paths) > 4 else "")
                 lines.append(f"  {aspect}: {shown}")

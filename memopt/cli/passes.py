@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     from rich.padding import Padding
 
     from memopt.errors import UnknownPass
-    from memopt.registry import available_passes
+    from memopt.registry import available_passes, exactness
 
     known = available_passes()
     console = Console()
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
             console.print(f"  {field.name}: {field.type} = {field.default!r}", highlight=False, markup=False)
         return
     for name, cls in known.items():
-        console.print(f"[bold]{name}[/]  {'exact' if cls.exact else 'not exact'}", highlight=False)
+        console.print(f"[bold]{name}[/]  {exactness(cls)}", highlight=False)
         console.print(Padding((cls.__doc__ or "").strip().replace("``", ""), (0, 0, 0, 4)))
         if cls.changes:
             console.print(Padding(f"changes: {cls.changes}", (0, 0, 0, 4)))

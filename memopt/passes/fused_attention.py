@@ -38,6 +38,7 @@ class FusedAttention(Pass):
     name = "fused_attention"
     stage = "rewrite"
     exact = True
+    rounding = True
     needs = (
         "modules that write attention out: a softmax and matrix products (einsum, matmul, bmm) in their code. What "
         "calls scaled_dot_product_attention already has nothing to gain"

@@ -37,6 +37,7 @@ class OuterProduct(Pass):
     name = "outer_product"
     stage = "rewrite"
     exact = True
+    rounding = True
     needs = (
         "a product of each row of a matrix with itself or another: einsum('ab,ac->abc', c, c), "
         "c[:, :, None] * c[:, None, :] or bmm(c.unsqueeze(2), c.unsqueeze(1)) in the code of a module"
