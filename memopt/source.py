@@ -17,7 +17,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 _PRODUCTS = {"einsum", "bmm", "matmul", "baddbmm"}
 
@@ -86,23 +86,26 @@ def _classes(cls: type) -> tuple[tuple[type, Code], ...]:
 
 
 def _with_functions(tree: ast.AST, module: str) -> Code:
-    """A syntax tree, and those of the functions that it names, that these name, and so on."""
-    found: dict[Any, ast.AST] = {}
-
-    def collect(tree: ast.AST, module: str) -> None:
-        for function in _functions_in(tree, module):
-            other = None if function in found else _tree(function)
-            if other is not None:
-                found[function] = other
-                collect(other, function.__module__)
-
-    collect(tree, module)
+    """A syntax tree, and those of the functions that it names, and that these name; further away are utilities."""
+    found: dict[types.FunctionType, ast.AST] = {}
+    named = _functions_in(tree, module)
+    for _ in range(2):
+        new = [function for function in named if function not in found and _tree(function) is not None]
+        found.update((function, cast("ast.AST", _tree(function))) for function in new)
+        named = tuple(other for function in new for other in _named_by(function))
     return (tree, *found.values())
 
 
-def _functions_in(tree: ast.AST, module: str) -> Iterator[types.FunctionType]:
+@functools.lru_cache(maxsize=16384)
+def _named_by(function: types.FunctionType) -> tuple[types.FunctionType, ...]:
+    tree = _tree(function)
+    return () if tree is None else _functions_in(tree, function.__module__)
+
+
+def _functions_in(tree: ast.AST, module: str) -> tuple[types.FunctionType, ...]:
     """What a name, or a name in a module of that name, stands for in the module that the code is from."""
     known = vars(sys.modules[module]) if module in sys.modules else {}
+    found: dict[types.FunctionType, None] = {}
     for node in ast.walk(tree):
         value: Any = None
         if isinstance(node, ast.Name):
@@ -111,7 +114,8 @@ def _functions_in(tree: ast.AST, module: str) -> Iterator[types.FunctionType]:
             home = known.get(node.value.id)
             value = vars(home).get(node.attr) if isinstance(home, types.ModuleType) else None
         if isinstance(value, types.FunctionType):
-            yield value
+            found[value] = None
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=16384)
@@ -120,10 +124,38 @@ def _tree(item: Any) -> ast.AST | None:
     home = (item.__module__ or "").partition(".")[0]
     if home in {"torch", *sys.stdlib_module_names} - {"builtins"}:
         return None
+    found = _definitions(item.__module__).get(item.__qualname__)
+    if found is not None:
+        return found
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(item)))
     except (OSError, TypeError, SyntaxError):  # typed into an interpreter, or made by code
         return _compiled_class(item) if isinstance(item, type) else _compiled(item)
+
+
+@functools.lru_cache(maxsize=1024)
+def _definitions(module: str) -> dict[str, ast.AST]:
+    """All classes and functions in a module's source by their qualified names; several of a name come as one tree.
+
+    Reading a module once is many times faster than ``inspect.getsource`` for each of its classes.
+    """
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return {}
+    found: dict[str, list[ast.stmt]] = {}
+
+    def collect(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                found.setdefault(prefix + child.name, []).append(child)
+                local = "." if isinstance(child, ast.ClassDef) else ".<locals>."
+                collect(child, prefix + child.name + local)
+            else:
+                collect(child, prefix)
+
+    collect(tree, "")
+    return {name: ast.Module(body=nodes, type_ignores=[]) for name, nodes in found.items()}
 
 
 def _compiled_class(cls: type) -> ast.AST:
