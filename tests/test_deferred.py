@@ -413,13 +413,47 @@ def test_a_condition_changed_in_place_afterwards_changes_nothing():
     assert torch.allclose(found, function(*given), rtol=1e-12)
 
 
-def test_an_origin_changed_in_place_is_an_error_rather_than_a_wrong_result():
-    with torch.no_grad(), Products(counting(Counter())):
-        M = torch.einsum("ab,ac->abc", *inputs()[:2])
-        line = F.linear(M, torch.ones(4, D, dtype=M.dtype))
-        M.mul_(2)
+def test_an_origin_changed_where_nobody_looks_is_an_error_rather_than_a_wrong_result():
+    with torch.no_grad():
+        weight = torch.ones(4, D, dtype=torch.float64)
+        with Products(counting(Counter())):
+            M = torch.einsum("ab,ac->abc", *inputs()[:2])
+            line = F.linear(M, weight)
+        weight.mul_(2)
         with pytest.raises(MemoptError, match="relu needs a product's linear map whose origin was changed in"):
             line.relu()
+        with Products(counting(Counter())):
+            line = F.linear(M, weight)
+            M.sum()
+        M.made.mul_(2)
+        with pytest.raises(MemoptError, match="relu needs a product's linear map whose origin was changed in"):
+            line.relu()
+
+
+def test_a_hook_that_comes_too_late_is_an_error():
+    given = inputs()
+    with Products(counting(Counter())):
+        M = torch.einsum("ab,ac->abc", *given[:2])
+        out = by_matmul(*joined(given[4], F.linear(M, given[2], given[3])))
+        with pytest.raises(MemoptError, match="register_hook comes too late for a whole product that was used"):
+            M.register_hook(lambda g: 2 * g)
+        with pytest.raises(MemoptError, match="retain_grad comes too late"):
+            M.retain_grad()
+    assert out.requires_grad
+
+
+def test_nothing_begins_below_transforms_of_torch_func():
+    c, d, w, b, x = (t.detach() for t in inputs())
+
+    def function(c):
+        return by_matmul(*joined(x, F.linear(torch.einsum("ab,ac->abc", c, d), w, b))).square().sum()
+
+    expected = torch.func.grad(function)(c), torch.func.jacrev(torch.func.grad(function))(c)
+    counts = Counter()
+    with Products(counting(counts)), watched():
+        assert torch.equal(torch.func.grad(function)(c), expected[0])
+        assert torch.equal(torch.func.jacrev(torch.func.grad(function))(c), expected[1])
+    assert not counts
 
 
 def test_what_a_checkpoint_makes_it_makes_for_all():

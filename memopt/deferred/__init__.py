@@ -19,7 +19,7 @@ torch.export, which see only the operations that are left.
 """
 
 from memopt.deferred.attention import Attentions, Logits, Weights
-from memopt.deferred.following import watched
+from memopt.deferred.following import entered, followed, watched
 from memopt.deferred.product import Joined, Line, Product, Products
 from memopt.deferred.value import Deferred, counting, made
 
@@ -33,6 +33,8 @@ __all__ = [
     "Products",
     "Weights",
     "counting",
+    "entered",
+    "followed",
     "made",
     "watched",
 ]

@@ -14,10 +14,12 @@ from memopt.deferred.product import Joined, Line, permuted
 from memopt.deferred.value import (
     CASTS,
     PLAIN,
+    Chain,
     Deferred,
     Tell,
     autocast_dtype,
     cast_of,
+    in_autocast,
     is_number,
     parse,
     rule,
@@ -38,9 +40,9 @@ class Logits(Deferred):
     """
 
     def __init__(
-        self, q: Tensor, k: Any, scale: float, call: tuple[Any, ...], tell: Tell, attend: Attend = torch_attention
+        self, q: Tensor, k: Any, scale: float, call: tuple[Any, ...], chain: Chain, attend: Attend = torch_attention
     ) -> None:
-        super().__init__((*q.shape[:-1], k.shape[-2]), q, call, tell)
+        super().__init__((*q.shape[:-1], k.shape[-2]), q, call, chain)
         self.q, self.k, self.scale, self.dtype, self.attend = q, k, scale, autocast_dtype(q), attend
 
 
@@ -50,7 +52,7 @@ class Weights(Deferred):
     noun = "attention weights"
 
     def __init__(self, logits: Logits, dtype: torch.dtype, call: tuple[Any, ...]) -> None:
-        super().__init__(logits.shape, logits.q, call, logits.tell)
+        super().__init__(logits.shape, logits.q, call, logits.chain)
         self.logits, self.dtype = logits, dtype
 
 
@@ -65,14 +67,14 @@ class Attentions(Following):
         if (func is torch.einsum or func in _MATMUL or func is torch.baddbmm) and self.begins:
             tensors = args[1:] if func is torch.einsum else args
             if all(type(x) in PLAIN and x.ndim > 2 for x in tensors):
-                logits = _logits(func, args, kwargs, self.tell)
+                logits = _logits(func, args, kwargs, self.chain)
                 if logits is not None:
                     logits.attend = self.attend
                     return logits
         return func(*args, **kwargs)
 
 
-def _logits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tell: Tell) -> Logits | None:
+def _logits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], chain: Chain) -> Logits | None:
     """The product of queries and keys that a call makes, or None if it is something else."""
     call, scale = (func, args, kwargs), 1.0
     if func is torch.einsum:
@@ -92,7 +94,7 @@ def _logits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tell: Tell
         k = permuted(k, [of_k.index(letter) for letter in (*batch, s, *summed)])
     else:
         if func is torch.baddbmm:
-            if kwargs.get("beta", 1) != 0 or len(args) != 3:
+            if kwargs.get("beta", 1) != 0 or len(args) != 3 or not kwargs.keys() <= {"alpha", "beta"}:
                 return None
             scale, args = float(kwargs.get("alpha", 1)), args[1:]
         elif kwargs:
@@ -105,9 +107,11 @@ def _logits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tell: Tell
         return None
     if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
         return None
+    if q.dtype != k.dtype or not q.dtype.is_floating_point:
+        return None
     if isinstance(k, (Line, Joined)) and k.axis != k.ndim - 2:
         return None
-    return Logits(q, k, scale, call, tell)
+    return Logits(q, k, scale, call, chain)
 
 
 @rule(Line, "einsum", "matmul", "bmm", "__matmul__", "baddbmm")
@@ -116,7 +120,7 @@ def _(func: Any, *args: Any, **kwargs: Any) -> Any:
     if any(isinstance(arg, (Logits, Weights)) for arg in args):
         return NotImplemented
     source = next(arg for arg in args if isinstance(arg, (Line, Joined)))
-    logits = _logits(func, args, kwargs, source.tell)
+    logits = _logits(func, args, kwargs, source.chain)
     return NotImplemented if logits is None else logits
 
 
@@ -125,15 +129,15 @@ def _(func: Any, x: Any, y: Any) -> Any:
     if not isinstance(x, Logits) or not is_number(y) or y <= 0:
         return NotImplemented
     scale = x.scale * y if func.__name__ == "mul" else x.scale / y
-    return Logits(x.q, x.k, scale, (func, (x, y), {}), x.tell, x.attend)
+    return Logits(x.q, x.k, scale, (func, (x, y), {}), x.chain, x.attend)
 
 
 @rule(Logits, *CASTS)
 def _(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     dtype = cast_of(func, x, args, kwargs) if isinstance(x, Logits) else None
-    if dtype is None:
+    if dtype is None or dtype.itemsize < autocast_dtype(x.q).itemsize:  # a rounding that was asked for
         return NotImplemented
-    result = Logits(x.q, x.k, x.scale, (func, (x, *args), kwargs), x.tell, x.attend)
+    result = Logits(x.q, x.k, x.scale, (func, (x, *args), kwargs), x.chain, x.attend)
     result.dtype = dtype
     return result
 
@@ -145,7 +149,7 @@ def _(func: Any, x: Any, dim: int | None = None, _stacklevel: Any = 3, dtype: to
     if not isinstance(x, Logits) or dim is None or dim % x.ndim != x.ndim - 1:
         return NotImplemented
     given = dtype or x.dtype
-    if dtype is None and torch.is_autocast_enabled(x.device.type):  # whose lists differ by device: ask torch
+    if dtype is None and in_autocast(x.device):  # whose lists differ by device: ask torch
         given = torch.softmax(torch.empty(1, dtype=x.dtype, device=x.device), 0).dtype
     return Weights(x, given, (torch.softmax, (x,), {"dim": dim, "dtype": dtype}))
 
@@ -153,7 +157,9 @@ def _(func: Any, x: Any, dim: int | None = None, _stacklevel: Any = 3, dtype: to
 @rule(Weights, *CASTS)
 def _(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     dtype = cast_of(func, x, args, kwargs) if isinstance(x, Weights) else None
-    return NotImplemented if dtype is None else Weights(x.logits, dtype, (func, (x, *args), kwargs))
+    if dtype is None or dtype.itemsize < autocast_dtype(x.logits.q).itemsize:
+        return NotImplemented
+    return Weights(x.logits, dtype, (func, (x, *args), kwargs))
 
 
 @rule(Weights, "dropout")
@@ -191,11 +197,11 @@ def _attend(weights: Weights, v: Any) -> Any:
     q, k = logits.q, logits.k
     if v is NotImplemented or v.shape[:-1] != k.shape[:-1]:
         return NotImplemented
-    autocast = torch.is_autocast_enabled(q.device.type) and torch.float64 not in (q.dtype, k.dtype, v.dtype)
+    autocast = in_autocast(q.device) and torch.float64 not in (q.dtype, k.dtype, v.dtype)
     if not autocast and not weights.dtype == q.dtype == k.dtype == v.dtype:
         return NotImplemented
     if isinstance(k, Tensor) and isinstance(v, Tensor):
-        logits.tell("attentions fused")
+        logits.chain.tell("attentions fused")
         batch = q.shape[:-2]
         q, k, v = (_as_heads(x) for x in (q, k, v))
         return logits.attend(q, k, v, logits.scale).reshape(*batch, q.shape[-2], v.shape[-1])
@@ -234,7 +240,7 @@ def _attend_to_line(q: Tensor, k: Any, v: Any, logits: Logits) -> Any:
     plain_k, plain_v = _tokens(keys, k), _tokens(values, v)
     # b is the same for every sample: it comes from a bias.
     b_k, b_v = (None if line.b is None else by_head(line.b)[0] for line in (line_k, line_v))
-    logits.tell("attentions by rank one")
+    logits.chain.tell("attentions by rank one")
     out = rank_one.attention(
         by_head(q),
         by_head(plain_k),

@@ -5,16 +5,30 @@ from __future__ import annotations
 import contextlib
 import importlib
 import operator
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._pytree import tree_leaves
 
-from memopt.deferred.value import PLAIN, Deferred, Tell, apply, saving_hooks, tensors_in, work
+from memopt.deferred.value import (
+    PLAIN,
+    Chain,
+    Deferred,
+    Tell,
+    apply,
+    roots,
+    saving_hooks,
+    storage_of,
+    tensors_in,
+    work,
+)
 
 
 class Following(TorchFunctionMode):
@@ -26,16 +40,21 @@ class Following(TorchFunctionMode):
 
     def __init__(self, tell: Tell) -> None:
         super().__init__()
-        self.tell = tell
+        self.chain = Chain(tell)
         self._hooks = saving_hooks()
         self._follows = not torch.compiler.is_dynamo_compiling() or _operators_in_order()
 
     @property
     def begins(self) -> bool:
-        return self._follows and not work() and self._hooks == saving_hooks()
+        if not self._follows or work() or self._hooks != saving_hooks():
+            return False
+        # Transforms of torch.func want derivatives that the cheaper ways may not have.
+        return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _writes(func, args, kwargs):
+            self._settle([*args[:1], kwargs.get("out")])
         if any(isinstance(arg, Deferred) for arg in args):  # what func itself would do, but torch.compile cannot
             return apply(func, args, kwargs)
         return self.begin(func, args, kwargs)
@@ -44,10 +63,39 @@ class Following(TorchFunctionMode):
         """What a call without deferred values gives: its result, or the first of a chain."""
         raise NotImplementedError
 
+    def _settle(self, written: list[Any]) -> None:
+        """Make what depends on memory that is about to be changed."""
+        why = "a change in place"
+        if torch.compiler.is_compiling():  # which does not tell what shares memory
+            self.chain.settle(lambda value: True, why)
+            return
+        storages = {storage_of(tensor) for tensor in tree_leaves(written) if isinstance(tensor, Tensor)}
+        if storages:
+            self.chain.settle(lambda value: value.reads(storages), why)
+
     def outer(self, call: tuple[Any, ...], a: Tensor, b: Tensor) -> Any:
         """What a call gives that makes the outer product of each of a's rows with b's."""
         func, args, kwargs = call
         return func(*args, **kwargs)
+
+
+_IN_PLACE = re.compile(
+    r"(?!__).*[^_]_|__i(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|[lr]shift)__|__setitem__"
+)
+_WRITERS = {
+    getattr(home, name): True
+    for home in (torch, Tensor, F)
+    for name in dir(home)
+    if _IN_PLACE.fullmatch(name) and callable(getattr(home, name))
+}
+"""A mapping, because torch.compile knows these."""
+
+
+def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a function may write to its first argument or to ``out``; some take ``inplace`` by position."""
+    if func in _WRITERS or "out" in kwargs or kwargs.get("inplace", False):
+        return True
+    return any([arg is True for arg in args[1:]])
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -148,3 +196,34 @@ def _factors_of(func: Any, matrices: tuple[Tensor, ...]) -> tuple[Tensor, Tensor
     except (AttributeError, TypeError):  # it does something with a row before
         return None
     return found if isinstance(found, tuple) and len(found) == 2 else None
+
+
+def entered(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a model's forward: only tensors leave it, whatever its modules hand to one another."""
+    roots().append(module)
+    try:
+        with watched():
+            return tensors_in(inner(*args, **kwargs), "the result of the model")
+    finally:
+        roots().pop()
+
+
+def followed(mode: Following, module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a module's method in a mode; its result may be a deferred value if the model's forward is around it."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _hooked(module):
+        mode.chain.tell("calls not followed because of full backward hooks, which tensors alone set off")
+        work().append("hooked")
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            work().pop()
+    with mode, watched():
+        result = inner(*args, **kwargs)
+    # A checkpoint's recomputation is a part of that forward, too.
+    inside = roots() or (not compiling and torch._C._current_graph_task_id() != -1)
+    return result if inside else tensors_in(result, "a module called by itself")
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(m._backward_hooks or m._backward_pre_hooks for m in module.modules())

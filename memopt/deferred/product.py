@@ -14,6 +14,7 @@ from memopt.deferred.following import Following
 from memopt.deferred.value import (
     CASTS,
     PLAIN,
+    Chain,
     Deferred,
     Tell,
     apply,
@@ -32,8 +33,8 @@ class Product(Deferred):
 
     noun = "a whole product"
 
-    def __init__(self, a: Tensor, b: Tensor, call: tuple[Any, ...], tell: Tell) -> None:
-        super().__init__((*a.shape, b.shape[1]), a, call, tell)
+    def __init__(self, a: Tensor, b: Tensor, call: tuple[Any, ...], chain: Chain) -> None:
+        super().__init__((*a.shape, b.shape[1]), a, call, chain)
         self.a, self.b = a, b
 
 
@@ -76,15 +77,15 @@ class Products(Following):
         func, args, kwargs = call
         if not self.defer:
             return func(*args, **kwargs)
-        if not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
-            # With gradients torch refuses to go on where a factor was changed in place; here nothing would tell.
+        if not (torch.is_grad_enabled() and a.requires_grad and b.requires_grad):
+            # Autograd refuses to go on where a factor that it keeps was changed in place; here nothing would tell.
             a, b = (a.clone(),) * 2 if a is b else (a.clone(), b.clone())
             call = (_multiplied, (a, b), {})
         if self.rows is not None:
-            self.tell("products made of rows that are not zero")
-            return ActiveRows(a, b, self.rows, call, self.tell)
-        self.tell("products not made")
-        return Product(a, b, call, self.tell)
+            self.chain.tell("products made of rows that are not zero")
+            return ActiveRows(a, b, self.rows, call, self.chain)
+        self.chain.tell("products not made")
+        return Product(a, b, call, self.chain)
 
 
 def _multiplied(a: Tensor, b: Tensor) -> Tensor:
@@ -96,12 +97,13 @@ class ActiveRows(Deferred):
 
     noun = "a whole product"
 
-    def __init__(self, a: Tensor, b: Tensor, threshold: float, call: tuple[Any, ...], tell: Tell) -> None:
-        super().__init__((*a.shape, b.shape[1]), a, call, tell)
+    def __init__(self, a: Tensor, b: Tensor, threshold: float, call: tuple[Any, ...], chain: Chain) -> None:
+        super().__init__((*a.shape, b.shape[1]), a, call, chain)
         with torch.no_grad():
             zero = (a.abs() <= threshold).all(1)  # nothing that is not a number
             if b is not a:
-                zero |= (b.abs() <= threshold).all(1)
+                # Zero times what is not finite is not zero.
+                zero = (zero | (b.abs() <= threshold).all(1)) & a.isfinite().all(1) & b.isfinite().all(1)
             self.rows = zero.logical_not().nonzero()[:, 0]
         working = work()
         working.append(self)  # this product is to be made, whatever mode is active besides
@@ -127,8 +129,10 @@ class ActiveRows(Deferred):
 def _(func: Any, x: Any, weight: Tensor, bias: Tensor | None = None, *more: Any) -> Any:
     if not isinstance(x, ActiveRows) or (weight.ndim > 2 and func.__name__ != "conv1d"):
         return NotImplemented
+    if bias is not None and bias.ndim != 1:
+        return NotImplemented
     given = (weight,) if "matmul" in func.__name__ else (weight, bias, *more)
-    x.tell("linear maps of active rows")
+    x.chain.tell("linear maps of active rows")
     return x.whole(func(x.product, *given), bias, 1 if func.__name__ == "conv1d" else 2)
 
 
@@ -185,16 +189,16 @@ def _(
     if stride not in (1, (1,), [1]) or padding not in (0, (0,), [0]):
         return NotImplemented
     u = F.linear(x.a, weight[:, :, 0])
-    x.tell("linear maps by rank one")
-    return Line(u, bias, x.b, 2, (func, (x, weight, bias, stride, padding, dilation, groups), {}), x.tell)
+    x.chain.tell("linear maps by rank one")
+    return Line(u, bias, x.b, 2, (func, (x, weight, bias, stride, padding, dilation, groups), {}), x.chain)
 
 
 @rule(Product, "linear")
 def _(func: Any, x: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if not isinstance(x, Product):
+    if not isinstance(x, Product) or (bias is not None and bias.ndim != 1):
         return NotImplemented
-    x.tell("linear maps by rank one")
-    return Line(F.linear(x.b, weight), bias, x.a, 1, (func, (x, weight, bias), {}), x.tell)
+    x.chain.tell("linear maps by rank one")
+    return Line(F.linear(x.b, weight), bias, x.a, 1, (func, (x, weight, bias), {}), x.chain)
 
 
 @rule(Product, "matmul", "bmm", "__matmul__")
@@ -206,8 +210,8 @@ def _(func: Any, x: Any, y: Any) -> Any:
     else:
         return NotImplemented
     source = x if isinstance(x, Product) else y
-    source.tell("linear maps by rank one")
-    return Line(u, None, c, axis, (func, (x, y), {}), source.tell)
+    source.chain.tell("linear maps by rank one")
+    return Line(u, None, c, axis, (func, (x, y), {}), source.chain)
 
 
 @rule(Product, "einsum")
@@ -228,15 +232,15 @@ def _(func: Any, *args: Any) -> Any:
     if set(rest) - {n, *other}:
         return NotImplemented
     u = torch.einsum(f"{n}{summed[0]},{other}->{rest}", a, factor)
-    product.tell("linear maps by rank one")
-    return Line(u, None, c, out.index(kept[0]), (func, args, {}), product.tell)
+    product.chain.tell("linear maps by rank one")
+    return Line(u, None, c, out.index(kept[0]), (func, args, {}), product.chain)
 
 
 @rule(Product, "transpose", "swapaxes", "permute")
 def _(func: Any, x: Any, *dims: Any) -> Any:
     order = order_of(func, 3, dims)
     if order == [0, 2, 1]:
-        return Product(x.b, x.a, (func, (x, *dims), {}), x.tell)
+        return Product(x.b, x.a, (func, (x, *dims), {}), x.chain)
     return x if order == [0, 1, 2] else NotImplemented
 
 
@@ -245,7 +249,7 @@ def _(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     dtype = cast_of(func, x, args, kwargs) if isinstance(x, Product) else None
     if dtype is None:
         return NotImplemented
-    return Product(x.a.to(dtype), x.b.to(dtype), (func, (x, *args), kwargs), x.tell)
+    return Product(x.a.to(dtype), x.b.to(dtype), (func, (x, *args), kwargs), x.chain)
 
 
 @rule(Product, "mul", "div")
@@ -254,7 +258,7 @@ def _(func: Any, x: Any, y: Any) -> Any:
         x, y = y, x
     if not isinstance(x, Product) or not is_number(y):
         return NotImplemented
-    return Product(func(x.a, y), x.b, (func, (x, y), {}), x.tell)
+    return Product(func(x.a, y), x.b, (func, (x, y), {}), x.chain)
 
 
 class Line(Deferred):
@@ -269,13 +273,13 @@ class Line(Deferred):
 
     noun = "a product's linear map"
 
-    def __init__(self, u: Tensor, b: Tensor | None, c: Tensor, axis: int, call: tuple[Any, ...], tell: Tell) -> None:
-        super().__init__((*u.shape[:axis], c.shape[1], *u.shape[axis:]), u, call, tell)
+    def __init__(self, u: Tensor, b: Tensor | None, c: Tensor, axis: int, call: tuple[Any, ...], chain: Chain) -> None:
+        super().__init__((*u.shape[:axis], c.shape[1], *u.shape[axis:]), u, call, chain)
         self.u, self.b, self.c, self.axis = u, None if b is None else b.expand(u.shape), c, axis
 
     def features(self, change: Callable[[Tensor], Tensor], axis: int, call: tuple[Any, ...]) -> Line:
         """The line whose features are changed alike in u and b."""
-        changed = Line(change(self.u), None, self.c, axis, call, self.tell)
+        changed = Line(change(self.u), None, self.c, axis, call, self.chain)
         changed.b = None if self.b is None else change(self.b)
         return changed
 
@@ -285,10 +289,10 @@ class Joined(Deferred):
 
     noun = "tokens with those of a product"
 
-    def __init__(self, parts: Sequence[Line | Tensor], axis: int, call: tuple[Any, ...], tell: Tell) -> None:
+    def __init__(self, parts: Sequence[Line | Tensor], axis: int, call: tuple[Any, ...], chain: Chain) -> None:
         shape = list(parts[0].shape)
         shape[axis] = sum(part.shape[axis] for part in parts)
-        super().__init__(shape, next(p for p in parts if isinstance(p, Tensor)), call, tell)
+        super().__init__(shape, next(p for p in parts if isinstance(p, Tensor)), call, chain)
         self.parts, self.axis = tuple(parts), axis
 
     def each(self, change: Callable[[Any], Any], axis: int, call: tuple[Any, ...]) -> Any:
@@ -296,7 +300,7 @@ class Joined(Deferred):
         parts = [change(part) for part in self.parts]
         if any(part is NotImplemented for part in parts):
             return NotImplemented
-        return Joined(parts, axis, call, self.tell)
+        return Joined(parts, axis, call, self.chain)
 
 
 def _reshaped(x: Line | Joined, new: list[int], call: tuple[Any, ...]) -> Any:
@@ -342,7 +346,7 @@ def permuted(x: Any, order: list[int], call: tuple[Any, ...] | None = None) -> A
     """A tensor, line or joined tokens with its dimensions in another order; NotImplemented if rows would move."""
     if isinstance(x, Tensor):
         return x.permute(order)
-    if order[0] != 0:
+    if order[0] != 0 or not isinstance(x, (Line, Joined)):
         return NotImplemented
     axis, call = order.index(x.axis), call or (torch.permute, (x, order), {})
     if isinstance(x, Joined):
@@ -423,4 +427,4 @@ def _(func: Any, parts: Any, dim: int = 0) -> Any:
             return NotImplemented
     if dim % source.ndim != source.axis or not any(isinstance(part, Tensor) for part in flat):
         return NotImplemented
-    return Joined(flat, source.axis, (func, (parts, dim), {}), source.tell)
+    return Joined(flat, source.axis, (func, (parts, dim), {}), source.chain)

@@ -9,6 +9,7 @@ import inspect
 import math
 import re
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ Tell = Callable[[str], None]
 PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 """Types of tensors without a behaviour of their own."""
 _EQUATION = re.compile(r"([A-Za-z]+),([A-Za-z]+)->([A-Za-z]+)")
+_HOOKING = re.compile(r"register_\w*hook|retain_grad")
 _MARKING = re.compile(r"(?!__).*_|__i(?!nvert|nt|ndex|ter)\w+__|__(set|del)item__|register_\w*hook|retain_grad")
 """Functions after which a tensor is not what it was: those in place, and those that hang something on it."""
 _CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
@@ -40,7 +42,7 @@ class Deferred:
     Args:
         shape, like: the shape, and a tensor of the type and on the device, of what it stands for.
         call: the function and its arguments, among which may be other deferred values.
-        tell: gets a word about each thing that was done.
+        chain: what it began with, or that of the value it was made of.
     """
 
     noun = ""
@@ -49,34 +51,44 @@ class Deferred:
     """What it makes of functions that it is given to, which may be NotImplemented, and the keywords each rule takes."""
     __array_priority__ = Tensor.__array_priority__
 
-    def __init__(self, shape: Sequence[int], like: Tensor, call: tuple[Any, ...], tell: Tell) -> None:
+    def __init__(self, shape: Sequence[int], like: Tensor, call: tuple[Any, ...], chain: Chain) -> None:
         self.shape = torch.Size(shape)
         self.dtype, self.device = like.dtype, like.device
-        self.call, self.tell = call, tell
+        self.call, self.chain = call, chain
         self.made: Tensor | None = None
-        self.marked = False
+        self.marked, self.consumed = False, False
         self._version_made = 0
         self._modes, self._hooks = _modes(like.device), saving_hooks()
+        self._versions = [] if torch.compiler.is_compiling() else [(t, _version(t)) for t in self._tensors()]
+        chain.add(self)
+
+    def _tensors(self) -> list[Tensor]:
+        """The tensors that the call was given."""
+        return [value for value in _leaves(self.call) if isinstance(value, Tensor)]
+
+    def _origins(self) -> list[Deferred]:
+        """The deferred values that the call was given."""
+        return list(_among(self.call))
 
     def make(self, why: str) -> Tensor:
         """The tensor itself, because of an operation that knows no better."""
         if self.made is None:
             working = work()
             if self.noun and (type(self), "made") not in working:
-                self.tell(f"made {self.noun} for {why}")
+                self.chain.tell(f"made {self.noun} for {why}")
             working.append((type(self), "made"))
             try:
                 self.made = self._as_called(why)
             finally:
                 working.pop()
             if not torch.compiler.is_compiling():
-                self._version_made = -1 if self.made.is_inference() else self.made._version
+                self._version_made = _version(self.made)
         return self.made
 
     def _as_called(self, why: str) -> Tensor:
         """What the call gives, in the modes in which it was called: a later ``no_grad`` must not cut its gradient."""
         func, args, kwargs = self.call
-        if any(value.changed for value in _among(args)):
+        if not self._fresh:
             raise MemoptError(
                 f"{why} needs {self.noun or 'a product'} whose origin was changed in place since: leave out the pass "
                 "that defers it"
@@ -97,15 +109,60 @@ class Deferred:
 
     @property
     def changed(self) -> bool:
-        """Whether the tensor was made and may since be another, or carry a hook: then the rules do not hold."""
+        """Whether the tensor was made and may since be another, or carry a hook."""
         if self.made is None or self.marked or torch.compiler.is_compiling():
             return self.made is not None
-        return self._version_made < 0 or self.made._version != self._version_made
+        return self._version_made < 0 or self._rewritten
+
+    @property
+    def _fresh(self) -> bool:
+        """Whether nothing that the call was given was changed in place since."""
+        if any([_version(tensor) != version for tensor, version in self._versions]):
+            return False
+        return not any([value._rewritten or not value._fresh for value in self._origins()])
+
+    @property
+    def _rewritten(self) -> bool:
+        """Whether the tensor was made and is known to have been written to since."""
+        if self.made is None or torch.compiler.is_compiling():
+            return False
+        return _version(self.made) != self._version_made
+
+    @property
+    def ruled(self) -> bool:
+        """Whether rules may use it instead of the tensor."""
+        grad, *autocast = self._modes
+        grad_now, *autocast_now = _modes(self.device)
+        # Not if it was computed without a gradient or in another precision than what would now be made of it.
+        return not self.changed and self._fresh and autocast == autocast_now and (grad or not grad_now)
 
     def mark(self, why: str) -> Tensor:
-        """The tensor itself, which is used from now on."""
+        """The tensor itself, which is used from now on, also by values that began with this one."""
+        self.chain.settle(lambda value: value.depends_on(self), why)
+        if self.consumed and self.requires_grad and _HOOKING.fullmatch(why):
+            raise MemoptError(
+                f"{why} comes too late for {self.noun or 'a product'} that was used without being made: leave out the "
+                "pass that defers it"
+            )
         self.marked = True
         return self.make(why)
+
+    def depends_on(self, other: Deferred) -> bool:
+        """Whether it began with another value."""
+        return any([value is other or value.depends_on(other) for value in self._origins()])
+
+    def reads(self, storages: set[int]) -> bool:
+        """Whether memory at one of these addresses is what its call was given."""
+        made = [value.made for value in self._origins() if value.made is not None]
+        return any([storage_of(tensor) in storages for tensor in [*self._tensors(), *made]]) or any(
+            [value.reads(storages) for value in self._origins()]
+        )
+
+    def consume(self) -> None:
+        """Remember that a result was computed from it without its being made."""
+        self.consumed = True
+        for value in self._origins():
+            value.consume()
 
     @property
     def ndim(self) -> int:
@@ -180,7 +237,7 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is Tensor.__rmatmul__:
         func, args = Tensor.matmul, args[::-1]
     values = list(_among(args))
-    if not any(value.changed for value in values):
+    if all([value.ruled for value in values]):
         for value in values:
             rule, names = type(value).rules.get(func, (None, None))
             if rule is not None and (names is None or kwargs.keys() <= names):
@@ -191,11 +248,33 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 finally:
                     working.pop()
                 if result is not NotImplemented:
+                    if isinstance(result, Tensor):
+                        for used in values:
+                            used.consume()
                     return result
     name = getattr(func, "__name__", str(func))
     if args and isinstance(args[0], Deferred) and _MARKING.fullmatch(name):
         args[0].mark(name)
     return func(*tensors_in(args, name), **tensors_in(kwargs, name))
+
+
+class Chain:
+    """The values that began while a mode was active once, and who hears what becomes of them."""
+
+    def __init__(self, tell: Tell) -> None:
+        self.tell = tell
+        self._values: list[Any] = []
+
+    def add(self, value: Deferred) -> None:
+        self._values.append(value if torch.compiler.is_compiling() else weakref.ref(value))
+
+    def settle(self, concerned: Callable[[Deferred], bool], why: str) -> None:
+        """Make values, in order, before something changes on which they depend: from then on they are tensors."""
+        for entry in list(self._values):
+            value = entry if isinstance(entry, Deferred) else entry()
+            if value is not None and not value.marked and concerned(value):
+                value.make(why)
+                value.marked = True
 
 
 def work() -> list[Any]:
@@ -208,8 +287,33 @@ def work() -> list[Any]:
     return found
 
 
+def roots() -> list[Any]:
+    """The models whose forward this thread is in, that make tensors of all that leaves them."""
+    if torch.compiler.is_compiling():
+        return _compiled_roots
+    if not hasattr(_thread, "roots"):
+        _thread.roots = []
+    found: list[Any] = _thread.roots
+    return found
+
+
 _thread = threading.local()
 _compiled_work: list[Any] = []
+_compiled_roots: list[Any] = []
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; -1 where nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What tensors that share memory have in common; 0 for those that have none."""
+    try:
+        storage: int = tensor.untyped_storage()._cdata
+        return storage
+    except (NotImplementedError, RuntimeError):  # sparse, or wrapped by functorch
+        return 0
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -228,6 +332,11 @@ def _modes(device: torch.device) -> tuple[bool, bool, torch.dtype | None]:
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
     autocast = known and torch.is_autocast_enabled(device.type)
     return torch.is_grad_enabled(), autocast, torch.get_autocast_dtype(device.type) if autocast else None
+
+
+def in_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for a device, which may not know of it."""
+    return _modes(device)[1]
 
 
 def saving_hooks() -> Any:
@@ -335,7 +444,7 @@ def parse(args: tuple[Any, ...]) -> tuple[str, str, str] | None:
     left, right, out = match[1], match[2], match[3]
     if len(left) != args[1].ndim or len(right) != args[2].ndim:
         return None
-    repeats = any([len(set(part)) < len(part) for part in (left, right, out)])  # noqa: C419 (torch.compile of 2.8)
+    repeats = any([len(set(part)) < len(part) for part in (left, right, out)])
     return None if repeats else (left, right, out)
 
 
@@ -353,6 +462,8 @@ def order_of(func: Any, ndim: int, dims: tuple[Any, ...]) -> list[int]:
 def cast_of(func: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
     """The floating type that a call of one of ``CASTS`` on x gives, or None if it does more than that."""
     dtype: torch.dtype = _CASTS.get(func.__name__, x.dtype)
+    if func.__name__ == "type" and not args and not kwargs:  # asks for a name
+        return None
     for given in (*args, *kwargs.values()):
         device = x.device
         if isinstance(given, torch.dtype):
@@ -365,4 +476,4 @@ def cast_of(func: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             return None
         if device.type != x.device.type or device.index not in (None, x.device.index):
             return None
-    return dtype if dtype.is_floating_point else None
+    return dtype if dtype in _CASTS.values() else None

@@ -85,7 +85,7 @@ def attention(
         [B, H, T, e].
     """
     device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     d, e = q.shape[-1], v.shape[-1]
     width = -(-max(d + 2, e + 1) // ALIGNMENT) * ALIGNMENT

@@ -12,6 +12,7 @@ Fused kernels add up in float32, as careful code does by hand, so the result is 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memopt.core import Edit
-from memopt.deferred import Attentions, counting, made, watched
+from memopt.deferred import Attentions, counting, entered, followed
 from memopt.errors import InputError, MemoptError
 from memopt.ops.kernels import PACKAGES, package_attention, torch_attention
 from memopt.registry import Claim, Context, Pass
@@ -57,7 +58,7 @@ class FusedAttention(Pass):
         return [
             Claim(path, "graph", "attention")
             for path, module in model.named_modules()
-            if writes_attention(type(module), _helper(module)) and not _is_fused(module)
+            if _writes_attention(module) and not _is_fused(module)
         ]
 
     def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
@@ -66,11 +67,11 @@ class FusedAttention(Pass):
         attend = package_attention(self.backend) if self.backend in PACKAGES else torch_attention
 
         def follow(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with Attentions(tell, attend), watched(), self._kernel():
-                return inner(*args, **kwargs)
+            with self._kernel():
+                return followed(Attentions(tell, attend), module, inner, *args, **kwargs)
 
-        def outermost(*args: Any, **kwargs: Any) -> Any:
-            return made(follow(*args, **kwargs))
+        def outermost(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return entered(module, functools.partial(follow, module, inner), *args, **kwargs)
 
         for claim in claims:
             module = edit.module(claim.path)
@@ -97,6 +98,12 @@ class FusedAttention(Pass):
                 f"fused_attention: torch's {self.backend} kernel cannot run this attention here ({error}). "
                 "backend='auto' lets torch choose"
             ) from error
+
+
+def _writes_attention(module: nn.Module) -> bool:
+    cls, helper = type(module), _helper(module)
+    softmax = any(isinstance(child, nn.Softmax) for child in module.children())
+    return writes_attention(cls, helper) or (softmax and bool(matrix_products(cls, helper)))
 
 
 def _helper(module: nn.Module) -> type | None:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from memopt.core import Edit
-from memopt.deferred import Products, counting, made, watched
+from memopt.deferred import Products, counting, entered, followed
 from memopt.errors import InputError, MemoptError
 from memopt.registry import Claim, Context, Pass
 from memopt.source import makes_outer_product, outer_products
@@ -76,20 +76,15 @@ class OuterProduct(Pass):
                 check: Callable[[Tensor], None] | None = check,
                 **kwargs: Any,
             ) -> Any:
-                with Products(tell, check, rows, defer=self.mode != "dense"), watched():
-                    return inner(*args, **kwargs)
+                mode = Products(tell, check, rows, defer=self.mode != "dense")
+                return followed(mode, module, inner, *args, **kwargs)
 
             module = edit.module(claim.path)
             # Also the methods themselves: a model may call them again in backward.
             for method in sorted({"forward", *outer_products(type(module))}):
                 edit.wrap(module, method, follow)
         # A module may hand its product on; only what leaves the model must be a tensor.
-        edit.wrap(edit.model, "forward", _whole)
-
-
-def _whole(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    with watched():
-        return made(inner(*args, **kwargs))
+        edit.wrap(edit.model, "forward", entered)
 
 
 def _finite_in(path: str) -> Callable[[Tensor], None]:

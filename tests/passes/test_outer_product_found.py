@@ -177,6 +177,84 @@ def test_what_cannot_be_followed_is_given_the_product(kind, mode):
         assert model.seen[0] == pytest.approx(model.seen[1], rel=1e-12)
 
 
+class FactorsChange(Tokens):
+    """One factor is changed in place where autograd does not mind."""
+
+    def forward(self, x, c, d):
+        c, d = 1.0 * c, d.detach()
+        product = c[:, :, None] * d[:, None, :]
+        c.add_(1)
+        return self.attend(x, product) + c.sum()
+
+
+class TokensChange(Tokens):
+    def forward(self, x, c, d):
+        plain = self.to_kv(x)
+        more = torch.cat([self.condition(torch.einsum("bi,bj->bij", c, d)), plain], dim=1)
+        plain.mul_(3)
+        k, v = more.chunk(2, dim=-1)
+        return torch.softmax(self.to_q(x) @ k.mT, dim=-1) @ v
+
+
+class MapChanges(Tokens):
+    def forward(self, x, c, d):
+        more = self.condition(torch.einsum("bi,bj->bij", c, d))
+        turned = more.permute(0, 2, 1)
+        more.mul_(2)
+        k, v = turned.permute(0, 2, 1).chunk(2, dim=-1)
+        return torch.softmax(self.to_q(x) @ k.mT, dim=-1) @ v + 0 * self.to_kv(x).sum()
+
+
+class ChangesItsBias(Tokens):
+    def forward(self, x, c, d):
+        product = torch.einsum("bi,bj->bij", c, d)
+        return self.attend(x, product) + nn.functional.linear(product, product[0, :2], product[0, :, :2]).sum()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", [FactorsChange, TokensChange, MapChanges, ChangesItsBias])
+@pytest.mark.parametrize("mode", ["rank_one", "sparse"])
+def test_changes_in_place_have_their_effect(mode, kind, grad):
+    model = kind().double()
+    expected = outcome(model, three()) if grad else [model(*three(False)).detach()]
+    memopt.apply(model, [OuterProduct(mode=mode)])
+    if grad:
+        found = outcome(model, three())
+    else:
+        with torch.no_grad():
+            found = [model(*three(False))]
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        assert b is None or (a - b).abs().max() <= 1e-12 * b.abs().max()
+
+
+def test_a_module_called_by_itself_gives_tensors():
+    model = Apart().double()
+    memopt.apply(model, ["outer_product"])
+    _, c, d = three()
+    assert type(model.product(c, d)) is torch.Tensor
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_a_row_of_zeros_times_what_is_not_finite(i):
+    model, given = Einsum().double(), list(three(grad=False))
+    given[1 + i][0, 3] = float("inf")
+    given[2 - i][0] = 0
+    expected = model(*given)
+    memopt.apply(model, [OuterProduct(mode="sparse")])
+    assert torch.equal(model(*given).isnan(), expected.isnan())
+    assert expected.isnan().any()
+
+
+def test_backward_hooks_of_modules_see_what_they_saw():
+    model, seen = Einsum().double(), []
+    model.condition.register_full_backward_hook(lambda module, inputs, outputs: seen.append(inputs[0]))
+    expected = outcome(model, three())
+    memopt.apply(model, ["outer_product"])
+    assert all(torch.equal(a, b) for a, b in zip(outcome(model, three()), expected, strict=True))
+    assert torch.equal(*seen)
+
+
 class Writes(nn.Module):
     def forward(self, x, c, d):
         product = torch.einsum("bi,bj->bij", c, d)
