@@ -30,6 +30,7 @@ _HOOKING = re.compile(r"register_\w*hook|retain_grad")
 _MARKING = re.compile(r"(?!__).*_|__i(?!nvert|nt|ndex|ter)\w+__|__(set|del)item__|register_\w*hook|retain_grad")
 """Functions after which a tensor is not what it was: those in place, and those that hang something on it."""
 _CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
+_FLOATS = tuple(_CASTS.values())
 CASTS = ("to", "type", "type_as", *_CASTS)
 
 
@@ -367,6 +368,8 @@ def tensors_in(value: Any, why: str) -> Any:
     """The same with tensors for deferred values; the very same object if there are none."""
     if isinstance(value, Deferred):
         return value.make(why)
+    if value is None or isinstance(value, (Tensor, str, int, float, torch.dtype, torch.device)):
+        return value
     if isinstance(value, (list, tuple)):
         items = [tensors_in(item, why) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
@@ -476,4 +479,4 @@ def cast_of(func: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             return None
         if device.type != x.device.type or device.index not in (None, x.device.index):
             return None
-    return dtype if dtype in _CASTS.values() else None
+    return dtype if dtype in _FLOATS else None
