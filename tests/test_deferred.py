@@ -274,6 +274,7 @@ UNKNOWN = {
     "einsum of three": lambda M: torch.einsum("nij,ni,nj->n", M, M[:, 0], M[:, 1]),
     "einsum of a list": lambda M: torch.einsum("nij,nij->n", [M, M]),
     "out of order": lambda M: M.permute(2, 0, 1),
+    "permuted by keyword": lambda M: torch.permute(M, dims=(0, 2, 1)).sum(1),
     "transposed by keyword": lambda M: torch.transpose(input=M, dim0=1, dim1=2),
     "integer": lambda M: M.to(torch.int64) + M.long() + M.int(),
     "truth": lambda M: torch.tensor(bool(M.any()) + float(M[:1, :1, :1].detach()) + sum(map(bool, M[0, 0]))),

@@ -419,7 +419,8 @@ def rule(cls: type[Deferred], *names: str) -> Callable[[Callable[..., Any]], Cal
         cls.rules = dict(cls.rules)
         parameters = inspect.signature(rule).parameters
         any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        keywords = None if any_keyword else frozenset(parameters)
+        named = [name for name, p in parameters.items() if p.kind is not p.VAR_POSITIONAL]
+        keywords = None if any_keyword else frozenset(named)
         for name in names:
             for home in (torch, Tensor, F):
                 if hasattr(home, name):
