@@ -13,6 +13,7 @@ these additions and counts them as they are without it: the sum takes the place 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
@@ -87,14 +88,14 @@ class Ledger(TorchDispatchMode):
         self.twin: Callable[[Tensor], Tensor] | None = None
         """What counts in place of a tensor, where operations are given something else."""
 
-    def see(self, tensor: Tensor, op: str = "") -> list[Record]:
-        """The records of a tensor's storages, counted from now on if they were not; usually one.
+    def see(self, tensor: Tensor, op: str = "", tier: str | None = None) -> list[Record]:
+        """The records of a tensor's storages, counted from now on (on a tier) if they were not; usually one.
 
         Wrapper subclasses and sparse tensors have several.
         """
-        return [record for part in parts_of(tensor) if (record := self._see(part, op)) is not None]
+        return [record for part in parts_of(tensor) if (record := self._see(part, op, tier)) is not None]
 
-    def _see(self, tensor: Tensor, op: str) -> Record | None:
+    def _see(self, tensor: Tensor, op: str, tier: str | None) -> Record | None:
         if self.twin is not None:
             tensor = self.twin(tensor)
         try:
@@ -107,7 +108,7 @@ class Ledger(TorchDispatchMode):
             kind = tensor.device.type
             if kind == "meta" or (not self.fakes and isinstance(tensor, FakeTensor)):
                 return None
-            record = Record(key, tensor, "device" if kind == self.device else kind, op)
+            record = Record(key, tensor, tier or ("device" if kind == self.device else kind), op)
             self._watch(record, storage, key)
             self.born(record)
         size = storage.nbytes()
@@ -140,7 +141,7 @@ class Ledger(TorchDispatchMode):
 
     def place(self, tensor: Tensor, tier: str) -> None:
         """Account for a tensor's storage under a tier: ``device``, ``cpu``, ``disk``."""
-        for record in self.see(tensor):
+        for record in self.see(tensor, tier=tier):
             if record.tier != tier:
                 size = record.size
                 self._resize(record, 0)
@@ -236,6 +237,19 @@ def moved(tensor: Tensor, tier: str) -> None:
     """
     for ledger in _ACTIVE:
         ledger.place(tensor, tier)
+
+
+@contextlib.contextmanager
+def off_the_books() -> Iterator[None]:
+    """While active, no ledger looks: for tensors of which `moved` tells afterwards."""
+    before = [(ledger, ledger.quiet) for ledger in _ACTIVE]
+    for ledger, _ in before:
+        ledger.quiet = True
+    try:
+        yield
+    finally:
+        for ledger, quiet in before:
+            ledger.quiet = quiet
 
 
 @functools.wraps(_resize)

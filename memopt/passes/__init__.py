@@ -4,7 +4,8 @@ from memopt.passes.amp import AMP as AMP
 from memopt.passes.cache_cleanup import CacheCleanup as CacheCleanup
 from memopt.passes.checkpoint import Checkpoint as Checkpoint
 from memopt.passes.fused_attention import FusedAttention as FusedAttention
+from memopt.passes.offload_activations import OffloadActivations as OffloadActivations
 from memopt.passes.outer_product import OuterProduct as OuterProduct
 from memopt.passes.set_to_none import SetToNone as SetToNone
 
-__all__ = ["AMP", "CacheCleanup", "Checkpoint", "FusedAttention", "OuterProduct", "SetToNone"]
+__all__ = ["AMP", "CacheCleanup", "Checkpoint", "FusedAttention", "OffloadActivations", "OuterProduct", "SetToNone"]

@@ -61,7 +61,7 @@ class Checkpoint(Pass):
 
     def plan(self, model: nn.Module, context: Context) -> list[Claim]:
         names = find_blocks(model) if self.blocks == "auto" else _match(model, self.blocks)
-        return [Claim(name, "activations") for name in names]
+        return [Claim(name, "activations", "activations") for name in names]
 
     def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
         paths = [claim.path for claim in claims]

@@ -1,0 +1,188 @@
+"""What autograd keeps for backward waits in host memory or in files, and comes back just before it is used.
+
+Saved-tensor hooks around forward hand every tensor that autograd saves to a mover (memopt.transfer). A storage that
+several operations save, as several views, moves once. Parameters, buffers and what the caller gave the model stay: they
+are on the device anyhow. Backward uses what was saved last first, so with each tensor that it asks for the next ones
+before it set out, too.
+
+What a checkpoint keeps is its blocks' inputs, and these are saved where the hooks see them; what a checkpoint computes
+again is not kept at all.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+
+from memopt.core import Edit
+from memopt.errors import InputError
+from memopt.registry import Claim, Context, Pass
+from memopt.transfer import Mover, Parked
+from memopt.units import parse_bytes
+
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadActivations(Pass):
+    """Tensors that autograd keeps for backward wait off the device: in host memory or on disk."""
+
+    name = "offload_activations"
+    stage = "wrap"
+    exact = True
+    modes = frozenset({"train"})
+    needs = "a model that is trained; with blocks=PATTERN, modules of such names"
+
+    to: Literal["cpu", "disk"] = "cpu"
+    """Where they wait."""
+    blocks: str = ""
+    """Only what the outermost modules whose names match this pattern keep; empty: the whole model."""
+    min_bytes: int | str = "1MiB"
+    """Smaller storages stay: moving them costs more than it gains."""
+    prefetch: int = 1
+    """How many storages set out before they are asked for."""
+    folder: str | None = None
+    """Where files are kept (disk); by default the system's folder for temporary files."""
+    compress: Literal["bf16", "fp8"] | None = None
+    """Round floating-point values on the way; not exact."""
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.min_bytes)
+        if isinstance(self.prefetch, bool) or self.prefetch < 0:
+            raise InputError(f"offload_activations: prefetch must be at least 0, not {self.prefetch!r}")
+        try:
+            self._mover()
+        except InputError as error:
+            raise InputError(f"offload_activations: {error}") from None
+        object.__setattr__(self, "exact", self.compress is None)
+
+    def _mover(self) -> Mover:
+        return Mover(self.to, folder=self.folder, compress=self.compress)
+
+    def plan(self, model: nn.Module, context: Context) -> list[Claim]:
+        if not self.blocks:
+            return [Claim("", "activations", "saved tensors")] if any(True for _ in model.parameters()) else []
+        found: list[str] = []
+        for path, _ in model.named_modules():
+            if fnmatchcase(path, self.blocks) and not any(path.startswith(f"{outer}.") for outer in found):
+                found.append(path)
+        return [Claim(path, "activations", "saved tensors") for path in found]
+
+    def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
+        mover, counts, least = self._mover(), edit.counts, parse_bytes(self.min_bytes)
+
+        def around(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return inner(*args, **kwargs)
+            held = [*module.parameters(), *module.buffers(), *tree_leaves((args, kwargs))]
+            tape = _Tape(mover, {_storage(x) for x in held if isinstance(x, Tensor)}, least, self.prefetch, counts)
+            with saved_tensors_hooks(tape.pack, _unpack):
+                return inner(*args, **kwargs)
+
+        for claim in claims:
+            edit.wrap(edit.module(claim.path), "forward", around)
+
+
+class _Tape:
+    """What one forward saved, in order."""
+
+    def __init__(self, mover: Mover, held: set[int], least: int, prefetch: int, counts: Any) -> None:
+        self.mover, self.held, self.least, self.prefetch, self.counts = mover, held, least, prefetch, counts
+        self.order: list[weakref.ref[_Away]] = []
+        self._known: dict[tuple[Any, ...], tuple[StorageWeakRef, weakref.ref[_Away]]] = {}
+
+    def pack(self, tensor: Tensor) -> Any:
+        """The tensor itself, or what stands for it while its storage is away."""
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.device.type == "meta":
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.held or storage.nbytes() < self.least or tensor.is_conj() or tensor.is_neg():
+            return tensor
+        size, start = tensor.dtype.itemsize, int(tensor.storage_offset())
+        stop = start + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        if tensor.numel() == 0 or storage.nbytes() % size:
+            return tensor
+        if 2 * (stop - start) * size >= storage.nbytes():
+            start, stop = 0, storage.nbytes() // size
+        elif (stop - start) * size < self.least:
+            return tensor
+        key = (storage._cdata, tensor.dtype, start, stop, -1 if tensor.is_inference() else tensor._version)
+        known = self._known.get(key)
+        away = known[1]() if known is not None and not known[0].expired() else None
+        if away is None:
+            flat = tensor.detach().as_strided((stop - start,), (1,), start)
+            away = _Away(self, flat)
+            self._known[key] = StorageWeakRef(storage), weakref.ref(away)
+        return _Saved(away, tensor, start)
+
+
+def _unpack(saved: Any) -> Tensor:
+    return saved.tensor() if isinstance(saved, _Saved) else saved
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        key: int = tensor.untyped_storage()._cdata
+        return key
+    except (NotImplementedError, RuntimeError):  # sparse and the like
+        return 0
+
+
+class _Away:
+    """A storage, or a part of one, that is away."""
+
+    def __init__(self, tape: _Tape, flat: Tensor) -> None:
+        with torch.no_grad():
+            self.parked: Parked = tape.mover.out(flat)
+        tape.counts["storages moved out"] += 1
+        tape.counts["bytes moved out"] += flat.nbytes
+        self.tape, self.index = tape, len(tape.order)
+        tape.order.append(weakref.ref(self))
+        self.near: Tensor | None = None
+        self.waiting: weakref.WeakSet[_Saved] = weakref.WeakSet()
+        """The views of it that backward has yet to ask for."""
+        self.asked: weakref.WeakSet[_Saved] = weakref.WeakSet()
+
+    def get(self, view: _Saved) -> Tensor:
+        """The storage's content on the device. It stays for as long as another view of it will be asked for."""
+        if self.near is None:
+            self.near = self.parked.get()
+        before = self.tape.order[: self.index]
+        ahead = 0
+        while before and ahead < self.tape.prefetch:
+            other = before.pop()()
+            if other is not None:
+                ahead += 1
+                if other.near is None:
+                    other.parked.fetch()
+        flat = self.near
+        self.waiting.discard(view)
+        self.asked.add(view)
+        if not self.waiting:  # the next backward through a retained graph begins anew
+            self.near = None
+            self.waiting, self.asked = self.asked, self.waiting
+        return flat
+
+
+class _Saved:
+    """What autograd keeps in place of a tensor."""
+
+    def __init__(self, away: _Away, tensor: Tensor, start: int) -> None:
+        self.away = away
+        self.size, self.stride, self.offset = tensor.shape, tensor.stride(), tensor.storage_offset() - start
+        away.waiting.add(self)
+
+    def tensor(self) -> Tensor:
+        """The tensor that autograd saved."""
+        with torch.no_grad():
+            return self.away.get(self).as_strided(self.size, self.stride, self.offset)
