@@ -77,7 +77,7 @@ class Pool:
             if self._free.get(size):
                 self._order.remove(size)
                 self.spare_bytes -= size
-                return self._free[size].pop()
+                return self._free[size].pop(0)
             pin = torch.cuda.is_available() and self.pinned_bytes + size <= self.pinned_budget
             if pin:
                 self.pinned_bytes += size
@@ -259,7 +259,7 @@ class _Host(_Slot):
         self.buffer = mover.pool.take(self.bytes)
         weakref.finalize(self, mover.pool.give, self.buffer)
         moved(self.buffer.tensor, "cpu")
-        self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+        self._coming: tuple[Tensor, torch.cuda.Event | None] | None = None
         if self.device.type == "cuda":
             mover.lanes(self.device).out(flat, self.buffer)
         else:
@@ -268,19 +268,20 @@ class _Host(_Slot):
     def fetch(self) -> None:
         if self._coming is None and self.device.type == "cuda":
             self._coming = self.mover.lanes(self.device).back(self.buffer, self.dtype)
+        elif self._coming is None:
+            self._coming = self.buffer.tensor.view(self.dtype).clone(), None
 
     def get(self) -> Tensor:
-        if self.device.type != "cuda":
-            return self.buffer.tensor.view(self.dtype).clone()
         self.fetch()
         assert self._coming is not None
         (flat, done), self._coming = self._coming, None
-        torch.cuda.current_stream(self.device).wait_event(done)
+        if done is not None:
+            torch.cuda.current_stream(self.device).wait_event(done)
         return flat
 
     def __del__(self) -> None:
         coming = getattr(self, "_coming", None)
-        if coming is not None:  # nobody wanted it: its memory must not be used before the copy
+        if coming is not None and coming[1] is not None:  # not wanted: its memory must not be used before the copy
             torch.cuda.current_stream(self.device).wait_event(coming[1])
 
 
@@ -293,6 +294,7 @@ class _File(_Slot):
         self.file = self.scratch.new()
         weakref.finalize(self, self.scratch.drop, self.file)
         self._coming: Future[Buffer] | None = None
+        self._read: Tensor | None = None
         if self.device.type != "cuda":
             self.scratch.write(self.file, flat.view(torch.uint8).numpy())
             return
@@ -301,14 +303,20 @@ class _File(_Slot):
         self._written = mover.writer.submit(_write, mover, self.file, buffer)
 
     def fetch(self) -> None:
-        if self._coming is None and self.device.type == "cuda":
-            self._coming = self.mover.writer.submit(_read, self.mover, self.file, self.bytes)
+        if self.device.type == "cuda":
+            if self._coming is None:
+                self._coming = self.mover.writer.submit(_read, self.mover, self.file, self.bytes)
+        elif self._read is None:
+            flat = torch.empty(self.numel, dtype=self.dtype)
+            self.scratch.read(self.file, flat.view(torch.uint8).numpy())
+            self._read = flat
 
     def get(self) -> Tensor:
         if self.device.type != "cuda":
-            flat = torch.empty(self.numel, dtype=self.dtype)
-            self.scratch.read(self.file, flat.view(torch.uint8).numpy())
-            return flat
+            self.fetch()
+            assert self._read is not None
+            near, self._read = self._read, None
+            return near
         self._written.result()  # what went wrong there is told here
         self.fetch()
         assert self._coming is not None
