@@ -100,6 +100,11 @@ def main() -> None:
         ("amp bf16", {"passes": ["amp"]}),
         ("checkpoint", {"passes": ["checkpoint"]}),
         ("checkpoint + amp bf16", {"passes": ["checkpoint", "amp"]}),
+        ("offload_activations", {"passes": ["offload_activations"]}),
+        (
+            "outer_product + checkpoint + offload_activations",
+            {"passes": ["outer_product", "checkpoint", "offload_activations"]},
+        ),
     ]
     plain[1] = step(1)
     for batch in (1, 14):
