@@ -1,6 +1,7 @@
 """Moving bytes beside the computation on a CUDA device. Run on a GPU machine: make gpu."""
 
 import gc
+import itertools
 import random
 
 import pytest
@@ -20,7 +21,7 @@ pytestmark = [
 
 def chain(widths):
     torch.manual_seed(0)
-    layers = [nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in zip(widths, widths[1:], strict=False)]
+    layers = [nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in itertools.pairwise(widths)]
     return nn.Sequential(*layers).cuda()
 
 
