@@ -5,10 +5,10 @@ tensors out (:meth:`Mover.out`) and gives :class:`Parked` ones, which can begin 
 before they are wanted (:meth:`Parked.get`).
 
 On a CUDA device copies run on two streams of their own, one for each direction. Events order them with the computation:
-an outgoing copy waits for what computes its source; a source is let go of only when its copy is done, or once the
-computing stream is told to wait for it, whichever comes first, so that the caching allocator cannot hand its memory to
-somebody who writes early; an incoming copy waits until its destination, which is allocated on the computing stream, is
-free. Nothing here waits for the device on the host. On a CPU everything happens at once.
+an outgoing copy waits for what computes its source; a source is let go of only once its copy is done, or the stream
+that computed it is told to wait for the copy, so that the caching allocator cannot hand its memory to somebody who
+writes early; an incoming copy waits until its destination, which is allocated on the computing stream, is free. The
+host waits for files alone, and where memory could not be pinned. On a CPU everything happens at once.
 
 Host memory is taken from a pool and given back to it, pinned where that works. Fake tensors move the same way and take
 no part in pools, streams and files; ledgers are told where their bytes are (`memopt.memory.moved`).
@@ -21,7 +21,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +53,7 @@ class Buffer:
         """Let the host wait for the last use."""
         if self.event is not None:
             self.event.synchronize()
+            self.event = None
 
 
 class Pool:
@@ -66,17 +66,27 @@ class Pool:
 
     def __init__(self, pinned: int, spare: int) -> None:
         self.pinned_budget, self.spare_budget = pinned, spare
-        self.pinned_bytes = self.spare_bytes = 0
+        self.pinned_bytes = 0
+        self._spare_bytes = 0
         self._free: dict[int, list[Buffer]] = {}
         self._order: deque[int] = deque()
         self._lock = threading.Lock()
+        self._given: deque[Buffer] = deque()
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes of buffers that nobody uses."""
+        with self._lock:
+            self._collect()
+            return self._spare_bytes
 
     def take(self, size: int) -> Buffer:
         """A buffer of this many bytes, of any content."""
         with self._lock:
+            self._collect()
             if self._free.get(size):
                 self._order.remove(size)
-                self.spare_bytes -= size
+                self._spare_bytes -= size
                 return self._free[size].pop(0)
             pin = torch.cuda.is_available() and self.pinned_bytes + size <= self.pinned_budget
             if pin:
@@ -91,17 +101,22 @@ class Pool:
             return Buffer(torch.empty(size, dtype=torch.uint8))
 
     def give(self, buffer: Buffer) -> None:
-        """Take a buffer back that nobody uses any more."""
-        size = buffer.tensor.numel()
-        with self._lock:
+        """Take a buffer back that nobody uses any more; finalizers may at any moment, also while the lock is held."""
+        self._given.append(buffer)
+
+    def _collect(self) -> None:
+        """Put what was given back in its place, and let go of the oldest beyond the budget."""
+        while self._given:
+            buffer = self._given.popleft()
+            size = buffer.tensor.numel()
             self._free.setdefault(size, []).append(buffer)
             self._order.append(size)
-            self.spare_bytes += size
-            while self.spare_bytes > self.spare_budget:
-                oldest = self._order.popleft()
-                self.spare_bytes -= oldest
-                if self._free[oldest].pop(0).tensor.is_pinned():
-                    self.pinned_bytes -= oldest
+            self._spare_bytes += size
+        while self._spare_bytes > self.spare_budget:
+            oldest = self._order.popleft()
+            self._spare_bytes -= oldest
+            if self._free[oldest].pop(0).tensor.is_pinned():
+                self.pinned_bytes -= oldest
 
 
 class Mover:
@@ -140,7 +155,8 @@ class Mover:
         self._folder = folder
         self._scratch: Scratch | None = None
         self._lanes: dict[torch.device, _Lanes] = {}
-        self._writer: ThreadPoolExecutor | None = None
+        self.lock = threading.RLock()
+        """Held while something begins to move: autograd has a thread for each device."""
 
     def out(self, flat: Tensor) -> Parked:
         """Move a copy of a contiguous one-dimensional tensor out. It may be changed or dropped at once afterwards."""
@@ -154,23 +170,13 @@ class Mover:
 
     @property
     def scratch(self) -> Scratch:
-        """The folder of files, made when the first is written."""
-        if self._scratch is None:
+        """The folder of files, made when the first is written, in a forked process anew."""
+        if self._scratch is None or not self._scratch.mine:
             self._scratch = Scratch(self._folder)
         return self._scratch
 
-    @property
-    def writer(self) -> ThreadPoolExecutor:
-        """The thread that writes and reads files while a device computes."""
-        if self._writer is None:
-            self._writer = ThreadPoolExecutor(1, "memopt-transfer")
-        return self._writer
-
     def close(self) -> None:
-        """Wait for the files, and remove them."""
-        if self._writer is not None:
-            self._writer.shutdown()
-            self._writer = None
+        """Remove the files."""
         if self._scratch is not None:
             self._scratch.remove()
             self._scratch = None
@@ -188,30 +194,45 @@ class Parked:
     """What a flat tensor held when it was moved out."""
 
     def __init__(self, mover: Mover, flat: Tensor) -> None:
-        payloads, self._decode = _encoded(flat, mover.compress)
-        self._slots = [mover.slot(payload) for payload in payloads]
+        self._mover = mover
+        payload, self._decode = _encoded(flat, mover.compress)
+        with mover.lock:
+            self._slot = mover.slot(payload)
+        self._ready: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
 
     def fetch(self) -> None:
         """Begin to bring it back, for a later ``get``."""
-        for slot in self._slots:
-            slot.fetch()
+        with self._mover.lock:
+            self._slot.fetch()
 
     def get(self) -> Tensor:
         """A new tensor on the device it came from."""
-        return self._decode(*(slot.get() for slot in self._slots))
+        with self._mover.lock:
+            flat = self._decode(self._slot.get())
+            if flat.device.type == "cuda" and not isinstance(flat, FakeTensor):
+                stream = torch.cuda.current_stream(flat.device)
+                self._ready = stream, stream.record_event()
+            return flat
+
+    def share(self, flat: Tensor) -> None:
+        """Let the current stream use what ``get`` gave, perhaps on another stream."""
+        if self._ready is not None and (stream := torch.cuda.current_stream(flat.device)) != self._ready[0]:
+            stream.wait_event(self._ready[1])
+            flat.record_stream(stream)
 
 
-def _encoded(flat: Tensor, compress: Compression | None) -> tuple[list[Tensor], Callable[..., Tensor]]:
-    """The tensors to move for a flat one, and what makes it of them again."""
+def _encoded(flat: Tensor, compress: Compression | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What to move for a flat tensor, and what makes it of that again."""
     dtype = flat.dtype
-    if compress is None or not dtype.is_floating_point or dtype.itemsize <= (2 if compress == "bf16" else 1):
-        return [flat], lambda same: same
-    if compress == "bf16":
-        return [flat.to(torch.bfloat16)], lambda narrow: narrow.to(dtype)
-    largest = torch.finfo(torch.float8_e4m3fn).max
-    scale = (flat.abs().amax().float() / largest).clamp(min=torch.finfo(torch.float32).tiny)
-    narrow = (flat.float() / scale).to(torch.float8_e4m3fn)
-    return [narrow], lambda narrow: (narrow.float() * scale).to(dtype)
+    if compress == "bf16" and dtype in (torch.float32, torch.float64):
+        return flat.to(torch.bfloat16), lambda narrow: narrow.to(dtype)
+    if compress == "fp8" and dtype in (torch.float32, torch.bfloat16, torch.float16) and flat.numel():
+        wide = flat.float()
+        largest = torch.where(wide.isfinite(), wide, 0).abs().amax()
+        scale = (largest / torch.finfo(torch.float8_e4m3fn).max).clamp(min=torch.finfo(torch.float32).tiny)
+        finite = torch.where(wide.isfinite(), wide / scale, torch.nan)  # an infinity would become a number
+        return finite.to(torch.float8_e4m3fn), lambda narrow: (narrow.float() * scale).to(dtype)
+    return flat, lambda same: same
 
 
 class _Slot(ABC):
@@ -236,7 +257,7 @@ class _Fake(_Slot):
     def __init__(self, mover: Mover, flat: Tensor) -> None:
         super().__init__(mover, flat)
         with off_the_books():
-            self.buffer = torch.empty(self.bytes, dtype=torch.uint8, device=flat.device)
+            self.buffer = flat.new_empty(self.bytes, dtype=torch.uint8)
         moved(self.buffer, mover.to)
         self._coming: Tensor | None = None
 
@@ -259,92 +280,91 @@ class _Host(_Slot):
         self.buffer = mover.pool.take(self.bytes)
         weakref.finalize(self, mover.pool.give, self.buffer)
         moved(self.buffer.tensor, "cpu")
-        self._coming: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._coming: _Coming | None = None
         if self.device.type == "cuda":
             mover.lanes(self.device).out(flat, self.buffer)
         else:
+            self.buffer.wait()  # a device may still read it for who had it before
             self.buffer.tensor.view(self.dtype).copy_(flat)
 
     def fetch(self) -> None:
         if self._coming is None and self.device.type == "cuda":
             self._coming = self.mover.lanes(self.device).back(self.buffer, self.dtype)
         elif self._coming is None:
-            self._coming = self.buffer.tensor.view(self.dtype).clone(), None
+            self._coming = _Coming(self.buffer.tensor.view(self.dtype).clone())
 
     def get(self) -> Tensor:
         self.fetch()
         assert self._coming is not None
-        (flat, done), self._coming = self._coming, None
-        if done is not None:
-            torch.cuda.current_stream(self.device).wait_event(done)
-        return flat
-
-    def __del__(self) -> None:
-        coming = getattr(self, "_coming", None)
-        if coming is not None and coming[1] is not None:  # not wanted: its memory must not be used before the copy
-            torch.cuda.current_stream(self.device).wait_event(coming[1])
+        coming, self._coming = self._coming, None
+        return coming.arrive()
 
 
 class _File(_Slot):
-    """In a file. A CUDA device's bytes go through a buffer, and the files have a thread of their own."""
+    """In a file. The host waits for it; a CUDA device's bytes go through a buffer."""
 
     def __init__(self, mover: Mover, flat: Tensor) -> None:
         super().__init__(mover, flat)
         self.scratch = mover.scratch
         self.file = self.scratch.new()
         weakref.finalize(self, self.scratch.drop, self.file)
-        self._coming: Future[Buffer] | None = None
-        self._read: Tensor | None = None
+        self._coming: _Coming | None = None
         if self.device.type != "cuda":
             self.scratch.write(self.file, flat.view(torch.uint8).numpy())
             return
         buffer = mover.pool.take(self.bytes)
-        mover.lanes(self.device).out(flat, buffer)
-        self._written = mover.writer.submit(_write, mover, self.file, buffer)
+        try:
+            mover.lanes(self.device).out(flat, buffer)
+            buffer.wait()
+            self.scratch.write(self.file, buffer.tensor.numpy())
+        finally:
+            mover.pool.give(buffer)
 
     def fetch(self) -> None:
-        if self.device.type == "cuda":
-            if self._coming is None:
-                self._coming = self.mover.writer.submit(_read, self.mover, self.file, self.bytes)
-        elif self._read is None:
+        if self._coming is not None:
+            return
+        if self.device.type != "cuda":
             flat = torch.empty(self.numel, dtype=self.dtype)
             self.scratch.read(self.file, flat.view(torch.uint8).numpy())
-            self._read = flat
+            self._coming = _Coming(flat)
+            return
+        buffer = self.mover.pool.take(self.bytes)
+        try:
+            buffer.wait()
+            self.scratch.read(self.file, buffer.tensor.numpy())
+            self._coming = self.mover.lanes(self.device).back(buffer, self.dtype)
+        finally:
+            self.mover.pool.give(buffer)
 
     def get(self) -> Tensor:
-        if self.device.type != "cuda":
-            self.fetch()
-            assert self._read is not None
-            near, self._read = self._read, None
-            return near
-        self._written.result()  # what went wrong there is told here
         self.fetch()
         assert self._coming is not None
         coming, self._coming = self._coming, None
-        buffer = coming.result()
-        flat, done = self.mover.lanes(self.device).back(buffer, self.dtype)
-        torch.cuda.current_stream(self.device).wait_event(done)
-        self.mover.pool.give(buffer)
-        return flat
+        return coming.arrive()
 
 
-def _write(mover: Mover, file: Path, buffer: Buffer) -> None:
-    try:
-        buffer.wait()
-        mover.scratch.write(file, buffer.tensor.numpy())
-    finally:
-        mover.pool.give(buffer)
+class _Coming:
+    """A tensor to which a copy may be under way, on whose stream its memory was allocated, and when it is there."""
 
+    def __init__(
+        self, flat: Tensor, stream: torch.cuda.Stream | None = None, done: torch.cuda.Event | None = None
+    ) -> None:
+        self.flat, self.stream, self.done = flat, stream, done
 
-def _read(mover: Mover, file: Path, size: int) -> Buffer:
-    buffer = mover.pool.take(size)
-    try:
-        buffer.wait()
-        mover.scratch.read(file, buffer.tensor.numpy())
-    except BaseException:
-        mover.pool.give(buffer)
-        raise
-    return buffer
+    def arrive(self) -> Tensor:
+        """The tensor, for the current stream to use."""
+        if self.stream is not None and self.done is not None:
+            current = torch.cuda.current_stream(self.flat.device)
+            current.wait_event(self.done)
+            if current != self.stream:
+                self.stream.wait_event(self.done)
+                self.flat.record_stream(current)
+            self.done = None
+        return self.flat
+
+    def __del__(self) -> None:
+        if self.stream is not None and self.done is not None:  # not wanted: others may have its memory after the copy
+            self.stream.wait_event(self.done)
 
 
 class _Lanes:
@@ -353,30 +373,37 @@ class _Lanes:
     def __init__(self, device: torch.device, in_flight: int) -> None:
         self.device, self.limit = device, in_flight
         self.outward, self.homeward = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._sources: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        self._sources: deque[tuple[torch.cuda.Event, torch.cuda.Stream, Tensor]] = deque()
         self._bytes = 0
 
     def out(self, flat: Tensor, buffer: Buffer) -> None:
         """Copy a tensor to a buffer, after what computes it and after the buffer's last use."""
-        self.outward.wait_stream(torch.cuda.current_stream(self.device))
+        computing = torch.cuda.current_stream(self.device)
+        self.outward.wait_stream(computing)
         buffer.order(self.outward)
         with torch.cuda.stream(self.outward):
             buffer.tensor.view(flat.dtype).copy_(flat, non_blocking=True)
         buffer.event = self.outward.record_event()
-        self._sources.append((buffer.event, flat))
-        self._bytes += flat.nbytes
+        self._sources.append((buffer.event, computing, flat))
+        self._bytes += flat.untyped_storage().nbytes()
         while self._sources and (self._bytes > self.limit or self._sources[0][0].query()):
-            event, source = self._sources.popleft()
-            # From here the allocator may give its memory to later work of this stream, which must come after the copy.
-            torch.cuda.current_stream(self.device).wait_event(event)
-            self._bytes -= source.nbytes
+            self._let_go()
 
-    def back(self, buffer: Buffer, dtype: torch.dtype) -> tuple[Tensor, torch.cuda.Event]:
-        """Begin to copy a buffer to a new tensor; the event tells when it is there."""
+    def back(self, buffer: Buffer, dtype: torch.dtype) -> _Coming:
+        """Begin to copy a buffer to a new tensor."""
+        while self._sources:  # forward is over: nothing of it should wait for the next
+            self._let_go()
+        computing = torch.cuda.current_stream(self.device)
         flat = torch.empty(buffer.tensor.numel() // dtype.itemsize, dtype=dtype, device=self.device)
-        self.homeward.wait_stream(torch.cuda.current_stream(self.device))
+        self.homeward.wait_stream(computing)
         buffer.order(self.homeward)
         with torch.cuda.stream(self.homeward):
             flat.copy_(buffer.tensor.view(dtype), non_blocking=True)
         buffer.event = self.homeward.record_event()
-        return flat, buffer.event
+        return _Coming(flat, computing, buffer.event)
+
+    def _let_go(self) -> None:
+        """Drop the oldest source: the allocator may give its memory to later work of its stream, after the copy."""
+        event, computing, source = self._sources.popleft()
+        computing.wait_event(event)
+        self._bytes -= source.untyped_storage().nbytes()

@@ -32,7 +32,7 @@ def test_what_was_written_is_read(scratch, tmp_path):
         scratch.write(file, DATA[i:])
     assert [read(scratch, file, len(DATA) - i) for i, file in enumerate(files)] == [DATA, DATA[1:], DATA[2:]]
     scratch.drop(files[0])
-    assert sorted(os.listdir(scratch.folder)) == ["1", "2", "lock"]
+    assert sorted(os.listdir(scratch.folder)) == ["1", "2", "memopt.lock"]
     scratch.remove()
     assert os.listdir(tmp_path) == []
     scratch.remove()
@@ -75,7 +75,7 @@ def start(code, folder):
 
 def test_nothing_is_left_at_exit(tmp_path):
     process, folder = start("print(s.folder, flush=True); input()", tmp_path)
-    assert sorted(os.listdir(folder)) == ["0", "lock"]
+    assert sorted(os.listdir(folder)) == ["0", "memopt.lock"]
     process.communicate("\n", timeout=60)
     assert os.listdir(tmp_path) == []
 
@@ -86,12 +86,22 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(tmp_pat
     killed.send_signal(signal.SIGKILL)
     killed.communicate(timeout=60)
     assert left.is_dir()
-    (tmp_path / "memopt-of-somebody-else").mkdir()
+    (tmp_path / "memopt-somebody").mkdir()
     mine = Scratch(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([kept, mine.folder, tmp_path / "memopt-of-somebody-else"])
+    assert sorted(tmp_path.iterdir()) == sorted([kept, mine.folder, tmp_path / "memopt-somebody"])
     assert (kept / "0").read_bytes() == b"x"
     living.communicate("\n", timeout=60)
     assert not kept.exists()
+
+
+def test_folders_of_others_stay(tmp_path):
+    for name, lock in (("memopt-results0", "lock"), ("memopt-abcdefgh", "memopt.lock"), ("memopt-ijklmnop", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0").write_text("mine")
+        if lock is not None:
+            (tmp_path / name / lock).write_text("of another machine")
+    Scratch(tmp_path).remove()
+    assert len(list(tmp_path.glob("*/0"))) == 3
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):

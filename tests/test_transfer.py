@@ -1,6 +1,9 @@
 """Bytes go out and come back as they were; buffers are used again, within their budgets."""
 
 import gc
+import os
+import threading
+import warnings
 
 import pytest
 import torch
@@ -47,14 +50,14 @@ def test_there_and_back(dtype, to, tmp_path):
         (folder,) = tmp_path.iterdir()
         assert len(list(folder.iterdir())) == 2
         del parked
-        assert [file.name for file in folder.iterdir()] == ["lock"]
+        assert [file.name for file in folder.iterdir()] == ["memopt.lock"]
         mover.close()
         assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("compress", "bits", "bytes_"), [("bf16", 8, 2000), ("fp8", 3, 1000)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_compressed(compress, bits, bytes_, dtype):
+def test_compressed(compress, bits, bytes_):
+    dtype = torch.float32
     mover, flat = Mover(compress=compress), some(dtype) * 1e-3
     parked = mover.out(flat)
     found = parked.get()
@@ -66,6 +69,77 @@ def test_compressed(compress, bits, bytes_, dtype):
     assert torch.equal(mover.out(torch.zeros(5)).get(), torch.zeros(5))
     for narrow in (some(torch.int64), some(torch.bool)):
         assert torch.equal(mover.out(narrow).get(), narrow)
+
+
+@pytest.mark.parametrize("compress", ["bf16", "fp8"])
+def test_compressed_values_that_are_not_finite_stay_alone(compress):
+    flat = torch.tensor([1.0, float("nan"), -2.0, float("inf"), 0.0])
+    found = Mover(compress=compress).out(flat).get()
+    assert torch.equal(found[[0, 2, 4]], flat[[0, 2, 4]])
+    assert not found[[1, 3]].isfinite().any()
+    assert Mover(compress=compress).out(torch.empty(0)).get().shape == (0,)
+
+
+def test_finalizers_may_run_at_any_moment(tmp_path):
+    """Garbage that holds what is parked is collected wherever memory is allocated, also inside the mover's own code."""
+
+    class Cycle:
+        pass
+
+    before = gc.get_threshold()
+    try:
+        for to in ("cpu", "disk"):
+            mover, x = Mover(to, folder=tmp_path if to == "disk" else None), some(torch.float32)
+            for i in range(1500):
+                gc.set_threshold(5 + i % 50)
+                cycle = Cycle()
+                cycle.me, cycle.parked = cycle, mover.out(x)
+    finally:
+        gc.set_threshold(*before)
+
+
+def test_threads_use_one_mover_and_one_ledger():
+    mover, x = Mover(), some(torch.float32)
+    stop = threading.Event()
+
+    def work():
+        while not stop.is_set():
+            parked = mover.out(x)
+            parked.fetch()
+            assert torch.equal(parked.get(), x)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    with Ledger() as ledger:
+        held = [torch.empty(10, dtype=torch.uint8) for _ in range(2000)]
+        found = ledger.total
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert found == 10 * len(held)
+    assert not ledger.quiet
+
+
+def test_a_fork_leaves_its_parents_files(tmp_path):
+    mover, x = Mover("disk", folder=tmp_path), some(torch.float32)
+    parked = mover.out(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forks in a process with threads
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            other = mover.out(x + 1)  # in a folder of its own
+            right = torch.equal(other.get(), x + 1) and len(list(tmp_path.iterdir())) == 2
+            del parked, other
+            mover.close()
+            code = 0 if right else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(parked.get(), x)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_buffers_are_used_again_within_a_budget():

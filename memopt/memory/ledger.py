@@ -160,7 +160,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.quiet or func.namespace == "prim":  # prim.device and its like make no tensors
+        if self.quiet or _BOOKS.closed or func.namespace == "prim":  # prim.device and its like make no tensors
             return func(*args, **kwargs)
         self.ops += 1
         self.func = func
@@ -239,17 +239,21 @@ def moved(tensor: Tensor, tier: str) -> None:
         ledger.place(tensor, tier)
 
 
+class _Books(threading.local):
+    closed = 0
+
+
+_BOOKS = _Books()
+
+
 @contextlib.contextmanager
 def off_the_books() -> Iterator[None]:
-    """While active, no ledger looks: for tensors of which `moved` tells afterwards."""
-    before = [(ledger, ledger.quiet) for ledger in _ACTIVE]
-    for ledger, _ in before:
-        ledger.quiet = True
+    """While active, no ledger looks at what this thread does: for tensors of which `moved` tells afterwards."""
+    _BOOKS.closed += 1
     try:
         yield
     finally:
-        for ledger, quiet in before:
-            ledger.quiet = quiet
+        _BOOKS.closed -= 1
 
 
 @functools.wraps(_resize)

@@ -11,6 +11,7 @@ again is not kept at all.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,15 +77,17 @@ class OffloadActivations(Pass):
         for path, _ in model.named_modules():
             if fnmatchcase(path, self.blocks) and not any(path.startswith(f"{outer}.") for outer in found):
                 found.append(path)
-        return [Claim(path, "activations", "saved tensors") for path in found]
+        # Hooks inside a checkpoint's would keep what it means to compute again.
+        return [Claim(path, "activations", "activations") for path in found]
 
     def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
-        mover, counts, least = self._mover(), edit.counts, parse_bytes(self.min_bytes)
+        mover, counts, least, blocks = self._mover(), edit.counts, parse_bytes(self.min_bytes), self.blocks
 
         def around(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _has_no_use():
                 return inner(*args, **kwargs)
-            held = [*module.parameters(), *module.buffers(), *tree_leaves((args, kwargs))]
+            # What the caller gave the model is on the device anyhow; what a block is given is an activation.
+            held = [*module.parameters(), *module.buffers(), *(() if blocks else tree_leaves((args, kwargs)))]
             tape = _Tape(mover, {_storage(x) for x in held if isinstance(x, Tensor)}, least, self.prefetch, counts)
             with saved_tensors_hooks(tape.pack, _unpack):
                 return inner(*args, **kwargs)
@@ -99,25 +102,29 @@ class _Tape:
     def __init__(self, mover: Mover, held: set[int], least: int, prefetch: int, counts: Any) -> None:
         self.mover, self.held, self.least, self.prefetch, self.counts = mover, held, least, prefetch, counts
         self.order: list[weakref.ref[_Away]] = []
+        self.lock = threading.RLock()
+        """Autograd has a thread for each device, and users may have more."""
         self._known: dict[tuple[Any, ...], tuple[StorageWeakRef, weakref.ref[_Away]]] = {}
 
     def pack(self, tensor: Tensor) -> Any:
-        """The tensor itself, or what stands for it while its storage is away."""
-        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.device.type == "meta":
-            return tensor
+        """What stands for a tensor until backward: a view of what is away, or itself."""
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+            return _Stays(tensor)
+        if tensor.device.type == "meta" or tensor.is_conj() or tensor.is_neg() or tensor.numel() == 0:
+            return _Stays(tensor)
         storage = tensor.untyped_storage()
-        if storage._cdata in self.held or storage.nbytes() < self.least or tensor.is_conj() or tensor.is_neg():
-            return tensor
+        if storage._cdata in self.held or storage.nbytes() < self.least:
+            return _Stays(tensor)
         size, start = tensor.dtype.itemsize, int(tensor.storage_offset())
         stop = start + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        if tensor.numel() == 0 or storage.nbytes() % size:
-            return tensor
-        if 2 * (stop - start) * size >= storage.nbytes():
+        if storage.nbytes() % size or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return _Stays(tensor)
+        if 2 * (stop - start) * size >= storage.nbytes() and self.mover.compress != "fp8":  # one scale for all of it
             start, stop = 0, storage.nbytes() // size
         elif (stop - start) * size < self.least:
-            return tensor
+            return _Stays(tensor)
         key = (storage._cdata, tensor.dtype, start, stop, -1 if tensor.is_inference() else tensor._version)
-        known = self._known.get(key)
+        known = None if tensor.is_inference() else self._known.get(key)
         away = known[1]() if known is not None and not known[0].expired() else None
         if away is None:
             flat = tensor.detach().as_strided((stop - start,), (1,), start)
@@ -126,8 +133,35 @@ class _Tape:
         return _Saved(away, tensor, start)
 
 
+def _has_no_use() -> bool:
+    """In a checkpoint around the model, which will compute all again, and in transforms, which take no hooks."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _unpack(saved: Any) -> Tensor:
-    return saved.tensor() if isinstance(saved, _Saved) else saved
+    tensor: Tensor = saved.tensor()
+    return tensor
+
+
+class _Stays:
+    """A tensor that is not moved. As autograd does where there are no hooks, it minds changes in place."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.kept = tensor.detach()  # a result itself would keep the graph that keeps it
+        self.version = -1 if tensor.is_inference() else tensor._version
+
+    def tensor(self) -> Tensor:
+        """The tensor, unchanged."""
+        if not self.kept.is_inference() and self.kept._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"[{self.kept.type()} {list(self.kept.shape)}] is at version {self.kept._version}; expected version "
+                f"{self.version} instead"
+            )
+        return self.kept
 
 
 def _storage(tensor: Tensor) -> int:
@@ -157,15 +191,16 @@ class _Away:
         """The storage's content on the device. It stays for as long as another view of it will be asked for."""
         if self.near is None:
             self.near = self.parked.get()
-        before = self.tape.order[: self.index]
-        ahead = 0
-        while before and ahead < self.tape.prefetch:
-            other = before.pop()()
+        flat = self.near
+        self.parked.share(flat)
+        ahead, index = 0, self.index
+        while index and ahead < self.tape.prefetch:
+            index -= 1
+            other = self.tape.order[index]()
             if other is not None:
                 ahead += 1
                 if other.near is None:
                     other.parked.fetch()
-        flat = self.near
         self.waiting.discard(view)
         self.asked.add(view)
         if not self.waiting:  # the next backward through a retained graph begins anew
@@ -184,5 +219,5 @@ class _Saved:
 
     def tensor(self) -> Tensor:
         """The tensor that autograd saved."""
-        with torch.no_grad():
+        with torch.no_grad(), self.away.tape.lock:
             return self.away.get(self).as_strided(self.size, self.stride, self.offset)
