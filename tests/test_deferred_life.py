@@ -4,6 +4,8 @@ import collections
 import copy
 import dataclasses
 import operator
+import subprocess
+import sys
 import threading
 from collections import Counter
 from typing import NamedTuple
@@ -150,3 +152,12 @@ def test_the_operators_of_tensors_are_all_there():
     names |= {f"__{kind}{name[2:]}" for name in names for kind in "ri" if f"__{kind}{name[2:]}" in dir(Tensor)}
     assert len(names) > 50
     assert not [name for name in names if name not in dir(Deferred)]
+
+
+def test_importing_memopt_does_not_import_the_compiler():
+    code = (
+        "import sys, torch; print('torch._dynamo' in sys.modules); import memopt; print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    before, after = done.stdout.split()
+    assert before == after

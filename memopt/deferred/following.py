@@ -98,7 +98,6 @@ def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any([arg is True for arg in args[1:]])
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _operators_in_order() -> bool:
     """Have torch.compile call ``value @ tensor`` as such.
 
@@ -119,6 +118,9 @@ def _operators_in_order() -> bool:
             return True
     return False
 
+
+# What torch.compiler.assume_constant_result does, which imports the whole compiler for it.
+_operators_in_order._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _apis: Any = importlib.import_module("torch._functorch.apis")
 _lock = threading.Lock()
