@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,17 @@ class Claim:
 
     def __str__(self) -> str:
         return f"{self.part or self.aspect} of {self.path or 'the whole model'}"
+
+
+def matching_modules(model: nn.Module, pattern: str) -> list[str]:
+    """Paths of the modules that match the glob, outermost ones only."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # never called itself
+            continue
+        if name and fnmatch.fnmatchcase(name, pattern) and not any(name.startswith(f"{f}.") for f in found):
+            found.append(name)
+    return found
 
 
 @dataclass(frozen=True)

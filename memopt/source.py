@@ -17,7 +17,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 _PRODUCTS = {"einsum", "bmm", "matmul", "baddbmm"}
 
@@ -90,8 +90,8 @@ def _with_functions(tree: ast.AST, module: str) -> Code:
     found: dict[types.FunctionType, ast.AST] = {}
     named = _functions_in(tree, module)
     for _ in range(2):
-        new = [function for function in named if function not in found and _tree(function) is not None]
-        found.update((function, cast("ast.AST", _tree(function))) for function in new)
+        new = {f: code for f in named if f not in found and (code := _tree(f)) is not None}
+        found |= new
         named = tuple(other for function in new for other in _named_by(function))
     return (tree, *found.values())
 

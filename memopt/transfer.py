@@ -242,13 +242,21 @@ class _Slot(ABC):
         self.mover, self.device, self.dtype, self.numel = mover, flat.device, flat.dtype, flat.numel()
         self.bytes = self.numel * self.dtype.itemsize
 
-    @abstractmethod
-    def fetch(self) -> None:
-        """Begin to bring them back, where that takes time."""
+        self._coming: _Coming | None = None
 
     @abstractmethod
+    def _begin(self) -> _Coming:
+        """Begin to bring them back."""
+
+    def fetch(self) -> None:
+        """Begin to bring them back, if that was not begun."""
+        if self._coming is None:
+            self._coming = self._begin()
+
     def get(self) -> Tensor:
         """A new tensor with them on the device."""
+        coming, self._coming = self._coming or self._begin(), None
+        return coming.arrive()
 
 
 class _Fake(_Slot):
@@ -259,17 +267,9 @@ class _Fake(_Slot):
         with off_the_books():
             self.buffer = flat.new_empty(self.bytes, dtype=torch.uint8)
         moved(self.buffer, mover.to)
-        self._coming: Tensor | None = None
 
-    def fetch(self) -> None:
-        if self._coming is None:  # as on the device that it stands for
-            self._coming = torch.empty(self.numel, dtype=self.dtype, device=self.device)
-
-    def get(self) -> Tensor:
-        self.fetch()
-        flat, self._coming = self._coming, None
-        assert flat is not None
-        return flat
+    def _begin(self) -> _Coming:
+        return _Coming(torch.empty(self.numel, dtype=self.dtype, device=self.device))
 
 
 class _Host(_Slot):
@@ -280,24 +280,16 @@ class _Host(_Slot):
         self.buffer = mover.pool.take(self.bytes)
         weakref.finalize(self, mover.pool.give, self.buffer)
         moved(self.buffer.tensor, "cpu")
-        self._coming: _Coming | None = None
         if self.device.type == "cuda":
             mover.lanes(self.device).out(flat, self.buffer)
         else:
             self.buffer.wait()  # a device may still read it for who had it before
             self.buffer.tensor.view(self.dtype).copy_(flat)
 
-    def fetch(self) -> None:
-        if self._coming is None and self.device.type == "cuda":
-            self._coming = self.mover.lanes(self.device).back(self.buffer, self.dtype)
-        elif self._coming is None:
-            self._coming = _Coming(self.buffer.tensor.view(self.dtype).clone())
-
-    def get(self) -> Tensor:
-        self.fetch()
-        assert self._coming is not None
-        coming, self._coming = self._coming, None
-        return coming.arrive()
+    def _begin(self) -> _Coming:
+        if self.device.type == "cuda":
+            return self.mover.lanes(self.device).back(self.buffer, self.dtype)
+        return _Coming(self.buffer.tensor.view(self.dtype).clone())
 
 
 class _File(_Slot):
@@ -308,7 +300,6 @@ class _File(_Slot):
         self.scratch = mover.scratch
         self.file = self.scratch.new()
         weakref.finalize(self, self.scratch.drop, self.file)
-        self._coming: _Coming | None = None
         if self.device.type != "cuda":
             self.scratch.write(self.file, flat.view(torch.uint8).numpy())
             return
@@ -320,27 +311,18 @@ class _File(_Slot):
         finally:
             mover.pool.give(buffer)
 
-    def fetch(self) -> None:
-        if self._coming is not None:
-            return
+    def _begin(self) -> _Coming:
         if self.device.type != "cuda":
             flat = torch.empty(self.numel, dtype=self.dtype)
             self.scratch.read(self.file, flat.view(torch.uint8).numpy())
-            self._coming = _Coming(flat)
-            return
+            return _Coming(flat)
         buffer = self.mover.pool.take(self.bytes)
         try:
             buffer.wait()
             self.scratch.read(self.file, buffer.tensor.numpy())
-            self._coming = self.mover.lanes(self.device).back(buffer, self.dtype)
+            return self.mover.lanes(self.device).back(buffer, self.dtype)
         finally:
             self.mover.pool.give(buffer)
-
-    def get(self) -> Tensor:
-        self.fetch()
-        assert self._coming is not None
-        coming, self._coming = self._coming, None
-        return coming.arrive()
 
 
 class _Coming:

@@ -13,7 +13,7 @@ from memopt.deferred.following import Following
 from memopt.deferred.product import Joined, Line, permuted
 from memopt.deferred.value import (
     CASTS,
-    PLAIN,
+    MATMUL,
     Chain,
     Deferred,
     Tell,
@@ -22,12 +22,12 @@ from memopt.deferred.value import (
     in_autocast,
     is_number,
     parse,
+    parse_from,
     rule,
 )
 from memopt.ops import rank_one
 from memopt.ops.kernels import Attend, torch_attention
-
-_MATMUL = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+from memopt.tensors import PLAIN
 
 
 class Logits(Deferred):
@@ -64,7 +64,7 @@ class Attentions(Following):
         self.attend = attend
 
     def begin(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if (func is torch.einsum or func in _MATMUL or func is torch.baddbmm) and self.begins:
+        if (func is torch.einsum or func in MATMUL or func is torch.baddbmm) and self.begins:
             tensors = args[1:] if func is torch.einsum else args
             if all(type(x) in PLAIN and x.ndim > 2 for x in tensors):
                 logits = _logits(func, args, kwargs, self.chain)
@@ -169,12 +169,10 @@ def _(func: Any, x: Any, p: float = 0.5, training: bool = True, inplace: bool = 
 
 @rule(Weights, "einsum")
 def _(func: Any, *args: Any) -> Any:
-    parsed = parse(args)
+    parsed = parse_from(Weights, args)
     if parsed is None:
         return NotImplemented
-    first = isinstance(args[1], Weights)
-    (mine, other), out = (parsed[:2] if first else parsed[1::-1]), parsed[2]
-    weights, v = (args[1], args[2]) if first else (args[2], args[1])
+    mine, other, out, weights, v = parsed
     *batch, t, s = list(mine)
     e = [letter for letter in other if letter not in mine]
     if isinstance(v, Weights) or len(e) != 1 or {*other} != {*batch, s, *e} or {*out} != {*batch, t, *e}:

@@ -18,17 +18,17 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from memopt.deferred.value import (
-    PLAIN,
     Chain,
     Deferred,
     Tell,
     apply,
+    made,
     roots,
     saving_hooks,
-    storage_of,
     tensors_in,
     work,
 )
+from memopt.tensors import PLAIN, storage_of
 
 
 class Following(TorchFunctionMode):
@@ -200,17 +200,17 @@ def _factors_of(func: Any, matrices: tuple[Tensor, ...]) -> tuple[Tensor, Tensor
     return found if isinstance(found, tuple) and len(found) == 2 else None
 
 
-def entered(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def entered(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Call a model's forward: only tensors leave it, whatever its modules hand to one another."""
     roots().append(module)
     try:
         with watched():
-            return tensors_in(inner(*args, **kwargs), "the result of the model")
+            return made(inner(*args, **kwargs))
     finally:
         roots().pop()
 
 
-def followed(mode: Following, module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def followed(mode: Following, module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Call a module's method in a mode; its result may be a deferred value if the model's forward is around it."""
     compiling = torch.compiler.is_compiling()
     if not compiling and _hooked(module):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from memopt.deferred.following import Following
 from memopt.deferred.value import (
     CASTS,
-    PLAIN,
+    MATMUL,
     Chain,
     Deferred,
     Tell,
@@ -23,9 +23,11 @@ from memopt.deferred.value import (
     is_number,
     order_of,
     parse,
+    parse_from,
     rule,
     work,
 )
+from memopt.tensors import PLAIN
 
 
 class Product(Deferred):
@@ -137,8 +139,7 @@ def _(func: Any, x: Any, weight: Tensor, bias: Tensor | None = None, *more: Any)
 
 
 _MULTIPLY = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-_MATMUL = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
-_PRODUCTS = (torch.einsum, *_MULTIPLY, *_MATMUL)
+_PRODUCTS = (torch.einsum, *_MULTIPLY, *MATMUL)
 
 
 def _factors(func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
@@ -216,12 +217,10 @@ def _(func: Any, x: Any, y: Any) -> Any:
 
 @rule(Product, "einsum")
 def _(func: Any, *args: Any) -> Any:
-    parsed = parse(args)
+    parsed = parse_from(Product, args)
     if parsed is None:
         return NotImplemented
-    first = isinstance(args[1], Product)
-    (mine, other), out = (parsed[:2] if first else parsed[1::-1]), parsed[2]
-    product, factor = (args[1], args[2]) if first else (args[2], args[1])
+    mine, other, out, product, factor = parsed
     n, i, j = list(mine)
     summed = [letter for letter in (i, j) if letter in other and letter not in out]
     kept = [letter for letter in (i, j) if letter not in other and letter in out]

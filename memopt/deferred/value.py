@@ -16,21 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from memopt.errors import MemoptError
+from memopt.tensors import storage_of, version_of
 
 Tell = Callable[[str], None]
-PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
-"""Types of tensors without a behaviour of their own."""
 _EQUATION = re.compile(r"([A-Za-z]+),([A-Za-z]+)->([A-Za-z]+)")
 _HOOKING = re.compile(r"register_\w*hook|retain_grad")
 _MARKING = re.compile(r"(?!__).*_|__i(?!nvert|nt|ndex|ter)\w+__|__(set|del)item__|register_\w*hook|retain_grad")
 """Functions after which a tensor is not what it was: those in place, and those that hang something on it."""
 _CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 _FLOATS = tuple(_CASTS.values())
+MATMUL = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 CASTS = ("to", "type", "type_as", *_CASTS)
 
 
@@ -60,7 +59,7 @@ class Deferred:
         self.marked, self.consumed = False, False
         self._version_made = 0
         self._modes, self._hooks = _modes(like.device), saving_hooks()
-        self._versions = [] if torch.compiler.is_compiling() else [(t, _version(t)) for t in self._tensors()]
+        self._versions = [] if torch.compiler.is_compiling() else [(t, version_of(t)) for t in self._tensors()]
         chain.add(self)
 
     def _tensors(self) -> list[Tensor]:
@@ -83,7 +82,7 @@ class Deferred:
             finally:
                 working.pop()
             if not torch.compiler.is_compiling():
-                self._version_made = _version(self.made)
+                self._version_made = version_of(self.made)
         return self.made
 
     def _as_called(self, why: str) -> Tensor:
@@ -118,7 +117,7 @@ class Deferred:
     @property
     def _fresh(self) -> bool:
         """Whether nothing that the call was given was changed in place since."""
-        if any([_version(tensor) != version for tensor, version in self._versions]):
+        if any([version_of(tensor) != version for tensor, version in self._versions]):
             return False
         return not any([value._rewritten or not value._fresh for value in self._origins()])
 
@@ -127,7 +126,7 @@ class Deferred:
         """Whether the tensor was made and is known to have been written to since."""
         if self.made is None or torch.compiler.is_compiling():
             return False
-        return _version(self.made) != self._version_made
+        return version_of(self.made) != self._version_made
 
     @property
     def ruled(self) -> bool:
@@ -278,43 +277,25 @@ class Chain:
                 value.marked = True
 
 
-def work() -> list[Any]:
-    """What this thread is making or following by a rule; while it is, no chain begins."""
-    if torch.compiler.is_compiling():
-        return _compiled_work
-    if not hasattr(_thread, "work"):
-        _thread.work = []
-    found: list[Any] = _thread.work
-    return found
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.work: list[Any] = []
+        self.roots: list[Any] = []
 
 
-def roots() -> list[Any]:
-    """The models whose forward this thread is in, that make tensors of all that leaves them."""
-    if torch.compiler.is_compiling():
-        return _compiled_roots
-    if not hasattr(_thread, "roots"):
-        _thread.roots = []
-    found: list[Any] = _thread.roots
-    return found
-
-
-_thread = threading.local()
+_thread = _Thread()
 _compiled_work: list[Any] = []
 _compiled_roots: list[Any] = []
 
 
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; -1 where nobody counts."""
-    return -1 if tensor.is_inference() else tensor._version
+def work() -> list[Any]:
+    """What this thread is making or following by a rule; while it is, no chain begins."""
+    return _compiled_work if torch.compiler.is_compiling() else _thread.work
 
 
-def storage_of(tensor: Tensor) -> int:
-    """What tensors that share memory have in common; 0 for those that have none."""
-    try:
-        storage: int = tensor.untyped_storage()._cdata
-        return storage
-    except (NotImplementedError, RuntimeError):  # sparse, or wrapped by functorch
-        return 0
+def roots() -> list[Any]:
+    """The models whose forward this thread is in, that make tensors of all that leaves them."""
+    return _compiled_roots if torch.compiler.is_compiling() else _thread.roots
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -450,6 +431,15 @@ def parse(args: tuple[Any, ...]) -> tuple[str, str, str] | None:
         return None
     repeats = any([len(set(part)) < len(part) for part in (left, right, out)])
     return None if repeats else (left, right, out)
+
+
+def parse_from(cls: type[Deferred], args: tuple[Any, ...]) -> tuple[str, str, str, Any, Any] | None:
+    """An einsum of two, seen from the operand of a class: its letters, the other's, the result's; both operands."""
+    parsed = parse(args)
+    if parsed is None:
+        return None
+    left, right, out = parsed
+    return (left, right, out, args[1], args[2]) if isinstance(args[1], cls) else (right, left, out, args[2], args[1])
 
 
 def order_of(func: Any, ndim: int, dims: tuple[Any, ...]) -> list[int]:

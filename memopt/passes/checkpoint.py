@@ -22,7 +22,6 @@ Not covered: Python-side state (``self.calls += 1`` counts recomputations too) a
 from __future__ import annotations
 
 import copy
-import fnmatch
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,8 @@ from torch.utils.checkpoint import checkpoint
 from memopt import legacy
 from memopt.core import Edit
 from memopt.errors import InputError
-from memopt.registry import Claim, Context, Pass
+from memopt.registry import Claim, Context, Pass, matching_modules
+from memopt.tensors import version_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Checkpoint(Pass):
         return self.needs if self.blocks == "auto" else f"modules whose name matches {self.blocks!r}"
 
     def plan(self, model: nn.Module, context: Context) -> list[Claim]:
-        names = find_blocks(model) if self.blocks == "auto" else _match(model, self.blocks)
+        names = find_blocks(model) if self.blocks == "auto" else matching_modules(model, self.blocks)
         return [Claim(name, "activations", "activations") for name in names]
 
     def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
@@ -114,17 +114,6 @@ def _composite(module: nn.Module) -> bool:
     if isinstance(module, nn.Sequential):
         return any(map(_composite, module))
     return not any(c.__module__.startswith("torch.nn.") for c in type(module).__mro__ if c is not nn.Module)
-
-
-def _match(model: nn.Module, pattern: str) -> list[str]:
-    """Modules that match the glob, outermost ones only."""
-    found: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # never called itself
-            continue
-        if name and fnmatch.fnmatchcase(name, pattern) and not any(name.startswith(f"{f}.") for f in found):
-            found.append(name)
-    return found
 
 
 _MUTATED = "_memopt_checkpoint_mutated"
@@ -189,14 +178,14 @@ class _Run:
         # The parameters themselves: functional_call may have put others in place by the time of the recomputation.
         self.replaced = [(m._parameters, dict(m._parameters)) for m, _ in self.modes if m._parameters]
         before = [
-            (m._buffers, {n: (b, _version(b), b.detach().clone()) for n, b in m._buffers.items() if b is not None})
+            (m._buffers, {n: (b, version_of(b), b.detach().clone()) for n, b in m._buffers.items() if b is not None})
             for m, _ in self.modes
             if m._buffers
         ]
         args, kwargs = self.arguments
         output = self.inner(*args, **kwargs)
         for buffers, old in before:
-            changed = any(buffers[name] is not b or _version(b) != version for name, (b, version, _) in old.items())
+            changed = any(buffers[name] is not b or version_of(b) != version for name, (b, version, _) in old.items())
             kept = {n: value for n, (_, _, value) in old.items() if changed or value.nbytes <= SMALL_BUFFER}
             self.replaced.append((buffers, kept))
         self.arguments = None
@@ -259,10 +248,6 @@ class _Run:
         # ones tell torch which devices' random state to restore.
         devices = {t.device for t in tensors.values()}
         return checkpoint(run, *[torch.empty(0, device=device) for device in devices], use_reentrant=False)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _scratch(value: Tensor) -> Tensor:

@@ -63,14 +63,13 @@ class FusedAttention(Pass):
 
     def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
         tell = counting(edit.counts)
-
         attend = package_attention(self.backend) if self.backend in PACKAGES else torch_attention
 
-        def follow(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def follow(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
             with self._kernel():
                 return followed(Attentions(tell, attend), module, inner, *args, **kwargs)
 
-        def outermost(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def outermost(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
             return entered(module, functools.partial(follow, module, inner), *args, **kwargs)
 
         for claim in claims:

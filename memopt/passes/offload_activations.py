@@ -15,23 +15,20 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from memopt.core import Edit
 from memopt.errors import InputError
-from memopt.registry import Claim, Context, Pass
+from memopt.registry import Claim, Context, Pass, matching_modules
+from memopt.tensors import PLAIN, storage_of, version_of
 from memopt.transfer import Mover, Parked
 from memopt.units import parse_bytes
-
-_PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +70,8 @@ class OffloadActivations(Pass):
     def plan(self, model: nn.Module, context: Context) -> list[Claim]:
         if not self.blocks:
             return [Claim("", "activations", "saved tensors")] if any(True for _ in model.parameters()) else []
-        found: list[str] = []
-        for path, _ in model.named_modules():
-            if fnmatchcase(path, self.blocks) and not any(path.startswith(f"{outer}.") for outer in found):
-                found.append(path)
         # Hooks inside a checkpoint's would keep what it means to compute again.
-        return [Claim(path, "activations", "activations") for path in found]
+        return [Claim(path, "activations", "activations") for path in matching_modules(model, self.blocks)]
 
     def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
         mover, counts, least, blocks = self._mover(), edit.counts, parse_bytes(self.min_bytes), self.blocks
@@ -88,7 +81,7 @@ class OffloadActivations(Pass):
                 return inner(*args, **kwargs)
             # What the caller gave the model is on the device anyhow; what a block is given is an activation.
             held = [*module.parameters(), *module.buffers(), *(() if blocks else tree_leaves((args, kwargs)))]
-            tape = _Tape(mover, {_storage(x) for x in held if isinstance(x, Tensor)}, least, self.prefetch, counts)
+            tape = _Tape(mover, {storage_of(x) for x in held if isinstance(x, Tensor)}, least, self.prefetch, counts)
             with saved_tensors_hooks(tape.pack, _unpack):
                 return inner(*args, **kwargs)
 
@@ -108,7 +101,7 @@ class _Tape:
 
     def pack(self, tensor: Tensor) -> Any:
         """What stands for a tensor until backward: a view of what is away, or itself."""
-        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        if type(tensor) not in PLAIN or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
             return _Stays(tensor)
         if tensor.device.type == "meta" or tensor.is_conj() or tensor.is_neg() or tensor.numel() == 0:
             return _Stays(tensor)
@@ -123,7 +116,7 @@ class _Tape:
             start, stop = 0, storage.nbytes() // size
         elif (stop - start) * size < self.least:
             return _Stays(tensor)
-        key = (storage._cdata, tensor.dtype, start, stop, -1 if tensor.is_inference() else tensor._version)
+        key = (storage._cdata, tensor.dtype, start, stop, version_of(tensor))
         known = None if tensor.is_inference() else self._known.get(key)
         away = known[1]() if known is not None and not known[0].expired() else None
         if away is None:
@@ -151,25 +144,17 @@ class _Stays:
 
     def __init__(self, tensor: Tensor) -> None:
         self.kept = tensor.detach()  # a result itself would keep the graph that keeps it
-        self.version = -1 if tensor.is_inference() else tensor._version
+        self.version = version_of(tensor)
 
     def tensor(self) -> Tensor:
         """The tensor, unchanged."""
-        if not self.kept.is_inference() and self.kept._version != self.version:
+        if version_of(self.kept) != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"[{self.kept.type()} {list(self.kept.shape)}] is at version {self.kept._version}; expected version "
                 f"{self.version} instead"
             )
         return self.kept
-
-
-def _storage(tensor: Tensor) -> int:
-    try:
-        key: int = tensor.untyped_storage()._cdata
-        return key
-    except (NotImplementedError, RuntimeError):  # sparse and the like
-        return 0
 
 
 class _Away:

@@ -63,28 +63,25 @@ class OuterProduct(Pass):
 
     def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
         tell = counting(edit.counts)
-        rows = self.zero_threshold if self.mode == "sparse" else None
         for claim in claims:
             check = _finite_in(claim.path) if self.check_finite else None
             if self.mode == "dense" and check is None:
                 continue
-
-            def follow(
-                module: nn.Module,
-                inner: Callable[..., Any],
-                *args: Any,
-                check: Callable[[Tensor], None] | None = check,
-                **kwargs: Any,
-            ) -> Any:
-                mode = Products(tell, check, rows, defer=self.mode != "dense")
-                return followed(mode, module, inner, *args, **kwargs)
-
-            module = edit.module(claim.path)
+            follow, module = self._follow(tell, check), edit.module(claim.path)
             # Also the methods themselves: a model may call them again in backward.
             for method in sorted({"forward", *outer_products(type(module))}):
                 edit.wrap(module, method, follow)
         # A module may hand its product on; only what leaves the model must be a tensor.
         edit.wrap(edit.model, "forward", entered)
+
+    def _follow(self, tell: Callable[[str], None], check: Callable[[Tensor], None] | None) -> Callable[..., Any]:
+        rows = self.zero_threshold if self.mode == "sparse" else None
+
+        def follow(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            mode = Products(tell, check, rows, defer=self.mode != "dense")
+            return followed(mode, module, inner, *args, **kwargs)
+
+        return follow
 
 
 def _finite_in(path: str) -> Callable[[Tensor], None]:

@@ -207,6 +207,21 @@ def test_softmax_modules_are_found():
     assert handle.report().rows[0].counts == {"attentions fused": 1}
 
 
+@pytest.mark.parametrize("name", ["fused_attention", "outer_product"])
+def test_arguments_may_have_any_name(name):
+    class Named(ViT):
+        def forward(self, x, *, module=1, inner=1, mode=1, check=1, self_=1):
+            condition = self.qkv.weight[:2]
+            product = torch.einsum("bi,bj->bij", condition, condition).sum()
+            return super().forward(x) * module * inner * mode * check + product
+
+    model, x = Named().double(), tokens()
+    given = {"module": 2, "inner": 3, "mode": 5, "check": 7}
+    expected = model(x, **given)
+    memopt.apply(model, [{name: {"check_finite": True}} if name == "outer_product" else name])
+    torch.testing.assert_close(model(x, **given), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_on_the_meta_device():
     model = nn.Sequential(ViT(), ViT()).to("meta")
     memopt.apply(model, ["fused_attention"])

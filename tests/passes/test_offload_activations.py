@@ -176,6 +176,10 @@ def test_chosen_blocks():
     assert [claim.path for claim in handle.report().rows[0].claims] == ["0"]
     assert_equal(gradients(model), gradients(plain))
     handle.undo()
+    lists = nn.ModuleDict({"layers": nn.ModuleList([build(), build()])})
+    for pattern, paths in (("layers*", ["layers.0", "layers.1"]), ("*", ["layers.0", "layers.1"])):
+        with memopt.apply(lists, [OffloadActivations(blocks=pattern)]) as handle:
+            assert [claim.path for claim in handle.report().rows[0].claims] == paths
     with pytest.raises(NothingToDo, match="with blocks=PATTERN, modules of such names"):
         memopt.apply(model, [OffloadActivations(blocks="none")])
 
