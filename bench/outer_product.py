@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 import memopt
-from memopt.memory import fake
 from memopt.passes import OuterProduct
 from memopt.recipe import load_recipe
 
@@ -168,9 +167,8 @@ def quickstart(runs: int) -> None:
 
 def whole(batch: int = 14) -> None:
     """A training step of brats128 on a GPU, by fake profiles."""
-    recipe = load_recipe(ROOT / "examples" / "hae_v2")
-    config: Any = recipe.presets["brats128"]
-    size = config.image_size
+    from bench.claims import step as whole_step
+
     print("\n| brats128, batch 14, for a GPU | peak, GiB | ratio | kept, GiB |")
     print("|---|---|---|---|")
     rows: list[tuple[str, list[Any], Any]] = [
@@ -183,21 +181,7 @@ def whole(batch: int = 14) -> None:
     ]
     plain = 0
     for name, passes, zeros in rows:
-        with fake.new_mode():
-            model: Any = recipe.model(config)
-            x, t = torch.randn(batch, 4, size, size), torch.zeros(batch, dtype=torch.long)
-            kwargs = {"y": torch.zeros(batch, dtype=torch.long), "clf_free": True, "null": torch.zeros(batch).bool()}
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        if zeros is not None:
-            model._outer_product = _Known(zeros)
-        report = memopt.profile(
-            model,
-            ((x, t), kwargs),
-            loss=lambda y: y.square().mean(),
-            optimizer=optimizer,
-            passes=passes,
-            device="cuda",
-        )
+        report = whole_step(batch, passes=passes, outer=None if zeros is None else _Known(zeros))
         plain = plain or report.peak
         print(f"| {name} | {report.peak / GIB:.2f} | {report.peak / plain:.3f} | {report.kept / GIB:.2f} |", flush=True)
 
