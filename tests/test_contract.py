@@ -15,7 +15,16 @@ from torch import nn
 
 import memopt
 from memopt import Claim, NothingToDo, Pass
-from memopt.passes import AMP, CacheCleanup, Checkpoint, FusedAttention, OffloadActivations, OuterProduct, SetToNone
+from memopt.passes import (
+    AMP,
+    BlockSwap,
+    CacheCleanup,
+    Checkpoint,
+    FusedAttention,
+    OffloadActivations,
+    OuterProduct,
+    SetToNone,
+)
 from tests.zoo import ZOO, differences, fingerprint, leaves, loss_of, placed, run
 
 # torch says so under plain autocast too, where a norm in float32 meets half-precision input (flux).
@@ -32,6 +41,8 @@ PASSES = {
     "fused_attention": FusedAttention(),
     "offload_activations": OffloadActivations(min_bytes=1),
     "offload_activations_disk": OffloadActivations(to="disk", min_bytes=1, prefetch=3),
+    "block_swap": BlockSwap(),
+    "block_swap_leaf": BlockSwap(to="disk", level="leaf", resident=2),
 }
 REWRITES = OuterProduct | FusedAttention
 WRITES_ATTENTION = {"hae_v2", "guided_unet", "guided_unet_legacy", "monai_diffusion_unet"}
@@ -44,7 +55,9 @@ def applies(pass_, case):
         return case.name == "hae_v2"
     if isinstance(pass_, FusedAttention):
         return case.name in WRITES_ATTENTION
-    return case.blocks or not isinstance(pass_, Checkpoint)
+    if isinstance(pass_, BlockSwap) and pass_.level == "leaf":
+        return case.name != "single_linear"
+    return case.blocks or not isinstance(pass_, Checkpoint | BlockSwap)
 
 
 def pairs(*names, exact=None):
@@ -176,7 +189,10 @@ def test_a_deep_copy_is_an_equal_model_of_its_own(pass_, case):
     assert run(twin, case)[0].isfinite()  # the copy does not lean on the original
 
 
-@pytest.mark.parametrize(("pass_", "case"), pairs("checkpoint", "set_to_none", "outer_product", "fused_attention"))
+CASTABLE = ("checkpoint", "set_to_none", "outer_product", "fused_attention", "block_swap", "block_swap_leaf")
+
+
+@pytest.mark.parametrize(("pass_", "case"), pairs(*CASTABLE))
 def test_to_another_dtype_after_apply(pass_, case):
     if case.name in ("autoencoder_kl", "own_autocast"):
         pytest.skip("draws or computes in float32 by itself")

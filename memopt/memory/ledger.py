@@ -26,10 +26,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from memopt.errors import InputError
+from memopt.tensors import storage_of
 
 _ADD = torch.ops.aten.add.Tensor
 _LIFT = torch.ops.aten.lift_fresh.default
 _ACTIVE: list[Ledger] = []
+_AWAY: dict[int, _Away] = {}
+"""Storages that live off the device, also for ledgers that begin later."""
 _resize = torch.UntypedStorage.resize_
 
 
@@ -61,6 +64,12 @@ class _Ref(weakref.ref):  # type: ignore[type-arg]
     record: Record
 
 
+class _Away(weakref.ref):  # type: ignore[type-arg]
+    __slots__ = ("key", "tier")
+    key: int
+    tier: str
+
+
 class Ledger(TorchDispatchMode):
     """Counts live bytes while it is active: ``total`` on the device, ``off_device`` by tier.
 
@@ -87,6 +96,8 @@ class Ledger(TorchDispatchMode):
         """The operation that runs."""
         self.twin: Callable[[Tensor], Tensor] | None = None
         """What counts in place of a tensor, where operations are given something else."""
+        self._tier: str | None = None
+        """Of the results of the operation that runs, if not the device."""
 
     def see(self, tensor: Tensor, op: str = "", tier: str | None = None) -> list[Record]:
         """The records of a tensor's storages, counted from now on (on a tier) if they were not; usually one.
@@ -108,7 +119,9 @@ class Ledger(TorchDispatchMode):
             kind = tensor.device.type
             if kind == "meta" or (not self.fakes and isinstance(tensor, FakeTensor)):
                 return None
-            record = Record(key, tensor, tier or ("device" if kind == self.device else kind), op)
+            away = _AWAY.get(key)
+            tier = tier or (away.tier if away else "device" if kind == self.device else kind)
+            record = Record(key, tensor, tier, op)
             self._watch(record, storage, key)
             self.born(record)
         size = storage.nbytes()
@@ -139,8 +152,8 @@ class Ledger(TorchDispatchMode):
             self.off_device[record.tier] = self.off_device.get(record.tier, 0) + change
         self.changed(record, change)
 
-    def place(self, tensor: Tensor, tier: str) -> None:
-        """Account for a tensor's storage under a tier: ``device``, ``cpu``, ``disk``."""
+    def place(self, tensor: Tensor, tier: str, label: str = "") -> None:
+        """Account for a tensor's storage under a tier: ``device``, ``cpu``, ``disk``; a label says what it is."""
         for record in self.see(tensor, tier=tier):
             if record.tier != tier:
                 size = record.size
@@ -148,9 +161,14 @@ class Ledger(TorchDispatchMode):
                 record.tier = tier
                 self._resize(record, size)
                 self.placed(record)
+            if label:
+                self.labelled(record, label)
 
     def placed(self, record: Record) -> None:
         """For subclasses: a storage has moved to another tier."""
+
+    def labelled(self, record: Record, label: str) -> None:
+        """For subclasses: a storage belongs to a category."""
 
     def born(self, record: Record) -> None:
         """For subclasses: a storage was seen for the first time; its bytes come with ``changed``."""
@@ -168,6 +186,7 @@ class Ledger(TorchDispatchMode):
         if func is not _LIFT:  # whose argument is the literal as Python built it, and whose result counts
             for tensor in _tensors((args, kwargs)):
                 self.use(tensor)
+        self._tier = _common_tier(args, kwargs) if _AWAY else None
         place = self._taken_over(args, func)
         result = func(*args, **kwargs)
         if place is not None:
@@ -195,7 +214,7 @@ class Ledger(TorchDispatchMode):
     def end(self, func: Any, result: Any) -> None:
         """An operation has returned; count its results."""
         for tensor in _tensors(result):
-            self.see(tensor, str(func._schema.name).replace("::", "."))
+            self.see(tensor, str(func._schema.name).replace("::", "."), self._tier)
 
     def _taken_over(self, args: Any, func: Any) -> Record | None:
         """The record that the sum keeps, if this is an addition that the engine does in place without a mode."""
@@ -230,13 +249,42 @@ def active() -> tuple[Ledger, ...]:
     return tuple(_ACTIVE)
 
 
-def moved(tensor: Tensor, tier: str) -> None:
+def moved(tensor: Tensor, tier: str, label: str = "") -> None:
     """Tell all active ledgers that a tensor's bytes are not on the device but on a tier of this name.
 
-    For passes that simulate moves on one device, or move to files.
+    For passes that simulate moves on one device, or move to files. A label says what the bytes are for: one of the
+    tracker's categories.
     """
     for ledger in _ACTIVE:
-        ledger.place(tensor, tier)
+        ledger.place(tensor, tier, label)
+
+
+def lives(tensor: Tensor, tier: str) -> None:
+    """Tell all ledgers, now and later, where a tensor's bytes are that the program itself works with.
+
+    What operations make of nothing but such tensors is in host memory, too.
+
+    Args:
+        tier: ``cpu``, ``disk`` or, when it has come back for good, ``device``.
+    """
+    storage = tensor.untyped_storage()
+    if tier == "device":
+        _AWAY.pop(storage._cdata, None)
+    else:
+        away = _AWAY[storage._cdata] = _Away(storage, _forget)
+        away.key, away.tier = storage._cdata, tier
+    moved(tensor, tier)
+
+
+def _forget(away: Any) -> None:
+    if _AWAY.get(away.key) is away:
+        del _AWAY[away.key]
+
+
+def _common_tier(args: Any, kwargs: Any) -> str | None:
+    """Host memory, if all tensors among the arguments of an operation live off the device."""
+    keys = [storage_of(tensor) for tensor in _tensors((args, kwargs))]
+    return "cpu" if keys and all(key in _AWAY for key in keys) else None
 
 
 class _Books(threading.local):

@@ -167,6 +167,9 @@ class Tracker(Ledger):
     def placed(self, record: Record) -> None:
         self.event(record, TIER, record.tier)
 
+    def labelled(self, record: Record, label: str) -> None:
+        record.trace.label = label
+
     def begin(self, func: Any) -> None:
         self.names.append(func._schema.name.replace("::", "."))
         self.paths.append(self._path if self._stack else self._backward_path())

@@ -1,6 +1,7 @@
 """The passes: one technique per file."""
 
 from memopt.passes.amp import AMP as AMP
+from memopt.passes.block_swap import BlockSwap as BlockSwap
 from memopt.passes.cache_cleanup import CacheCleanup as CacheCleanup
 from memopt.passes.checkpoint import Checkpoint as Checkpoint
 from memopt.passes.fused_attention import FusedAttention as FusedAttention
@@ -8,4 +9,13 @@ from memopt.passes.offload_activations import OffloadActivations as OffloadActiv
 from memopt.passes.outer_product import OuterProduct as OuterProduct
 from memopt.passes.set_to_none import SetToNone as SetToNone
 
-__all__ = ["AMP", "CacheCleanup", "Checkpoint", "FusedAttention", "OffloadActivations", "OuterProduct", "SetToNone"]
+__all__ = [
+    "AMP",
+    "BlockSwap",
+    "CacheCleanup",
+    "Checkpoint",
+    "FusedAttention",
+    "OffloadActivations",
+    "OuterProduct",
+    "SetToNone",
+]

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from memopt import legacy
+from memopt.blocks import find_blocks
 from memopt.core import Edit
 from memopt.errors import InputError
 from memopt.registry import Claim, Context, Pass, matching_modules
@@ -81,39 +82,6 @@ class Checkpoint(Pass):
             edit.note(f"replaced the model's own checkpointing: {flags} flags turned off, {calls} forwards rewritten")
         for path in paths:
             edit.wrap(edit.module(path), "forward", _forward)
-
-
-def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the blocks worth checkpointing, found by structure.
-
-    They are the members of the outermost ModuleLists, ModuleDicts and Sequentials. A member that itself holds such a
-    list directly (a UNet level with its list of residual blocks) is not taken whole but searched, so that recomputing
-    one block at a time stays cheap. Single layers of torch are left out: recomputing them would save nothing.
-    """
-    found: list[str] = []
-
-    def search(module: nn.Module, prefix: str, member: bool) -> None:
-        lists = [c for c in module.children() if isinstance(c, (nn.ModuleList, nn.ModuleDict))]
-        if member and not lists:
-            if _composite(module) and next(module.parameters(), None) is not None:
-                found.append(prefix)
-            return
-        container = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
-        for name, child in module.named_children():
-            search(child, f"{prefix}.{name}" if prefix else name, member=container)
-
-    search(model, "", member=False)
-    modules = dict(model.named_modules())
-    return [name for name in found if name in modules]  # a shared block appears once
-
-
-def _composite(module: nn.Module) -> bool:
-    """More than one layer, or a forward that is not that of one of torch's layers."""
-    if sum(1 for m in module.modules() if next(m.children(), None) is None) > 1:
-        return True
-    if isinstance(module, nn.Sequential):
-        return any(map(_composite, module))
-    return not any(c.__module__.startswith("torch.nn.") for c in type(module).__mro__ if c is not nn.Module)
 
 
 _MUTATED = "_memopt_checkpoint_mutated"

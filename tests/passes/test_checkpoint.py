@@ -5,7 +5,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import memopt
 from memopt.passes import AMP, Checkpoint
-from memopt.passes.checkpoint import find_blocks
+from memopt.blocks import find_blocks
 from tests.zoo import ZOO, guided, loss_of, placed, run
 
 

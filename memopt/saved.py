@@ -1,0 +1,59 @@
+"""What stands in place of the tensors that autograd saves, for passes that hook into that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.tensors import version_of
+
+Pack = Callable[[Tensor], Any]
+Unpack = Callable[[Any], Tensor]
+
+
+class Stays:
+    """A tensor that is kept. As autograd does where there are no hooks, it minds changes in place."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.kept = tensor.detach()  # a result itself would keep the graph that keeps it
+        self.version = version_of(tensor)
+
+    def tensor(self) -> Tensor:
+        """The tensor, unchanged."""
+        check_version(self.kept, self.version)
+        return self.kept
+
+
+class Passed:
+    """What hooks further out have made of a tensor."""
+
+    def __init__(self, pack: Pack, unpack: Unpack, tensor: Tensor) -> None:
+        self._unpack, self._packed = unpack, pack(tensor)
+
+    def tensor(self) -> Tensor:
+        """The tensor, from these hooks."""
+        return self._unpack(self._packed)
+
+
+def check_version(tensor: Tensor, version: int) -> None:
+    """Raise autograd's own error if a tensor has been written to since it was saved."""
+    if version_of(tensor) != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} "
+            "instead"
+        )
+
+
+def hooks_in_force() -> tuple[Pack, Unpack] | None:
+    """The innermost hooks on saved tensors."""
+    hooks: tuple[Pack, Unpack] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks
+
+
+def hooks_allowed() -> bool:
+    """Whether hooks can be put on here: not in transforms of torch.func."""
+    return torch._C._functorch.peek_interpreter_stack() is None
