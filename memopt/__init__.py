@@ -4,6 +4,7 @@ from memopt import memory as memory
 from memopt import passes as passes
 from memopt.core import Edit, Handle, apply
 from memopt.errors import AlreadyApplied, InputError, MemoptError, NothingToDo, PassConflict, UnknownPass
+from memopt.load import load_swapped
 from memopt.memory import MemoryReport, profile
 from memopt.registry import Claim, Context, Pass, available_passes
 from memopt.reports import Report
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "apply",
     "available_passes",
+    "load_swapped",
     "memory",
     "passes",
     "profile",

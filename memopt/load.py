@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from memopt.core import Handle, apply
-from memopt.errors import InputError
+from memopt.errors import InputError, MemoptError
 from memopt.mapped import MappedFile
 from memopt.passes import BlockSwap
 
@@ -108,10 +108,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         text = bytearray(size)
         file.fill(8, text)
         header = json.loads(bytes(text))
-        return {
-            name: _tensor(file, 8 + size, **entry) for name, entry in header.items() if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {name: _tensor(file, 8 + size, **entry) for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, MemoptError) as error:
         raise InputError(f"{path} is not a safetensors file: {error}") from None
 
 

@@ -26,11 +26,18 @@ _FILES: weakref.WeakSet[MappedFile] = weakref.WeakSet()
 
 
 class MappedFile(mmap.mmap):
-    """A file of a fixed size in memory, which lives as long as a tensor over it. Use :meth:`new` or :meth:`existing`."""
+    """A file of a fixed size in memory, which lives as long as a tensor over it.
+
+    Made by :meth:`new` and :meth:`existing`.
+    """
 
     name: str
     bytes: int
     private: bool
+    """Whether what is written to its tensors never reaches it."""
+    _descriptor: int
+    _changed: int
+    _address: int
 
     @classmethod
     def _of(cls, name: str, descriptor: int, *, private: bool) -> MappedFile:

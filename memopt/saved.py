@@ -30,8 +30,9 @@ class Stays:
 class Passed:
     """What hooks further out have made of a tensor."""
 
-    def __init__(self, pack: Pack, unpack: Unpack, tensor: Tensor) -> None:
-        self._unpack, self._packed = unpack, pack(tensor)
+    def __init__(self, hooks: tuple[Pack, Unpack], tensor: Tensor) -> None:
+        pack, self._unpack = hooks
+        self._packed = pack(tensor)
 
     def tensor(self) -> Tensor:
         """The tensor, from these hooks."""

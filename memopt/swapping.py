@@ -16,12 +16,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from memopt.homes import Arrival, Reader, Weight, find_homes
@@ -254,7 +254,7 @@ class Swapper:
                 self._tasks.discard(task)
                 self._end("backward")
 
-        engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+        engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(ended)
 
     # --- what autograd saves -------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ class Swapper:
         if not torch.is_grad_enabled() or not hooks_allowed():
             return contextlib.nullcontext()
         outer = hooks_in_force()
-        if outer is not None and getattr(outer[0], "__self__", None) is self:
+        if outer is not None and getattr(getattr(outer[0], "__self__", None), "swapper", None) is self:
             return contextlib.nullcontext()
         return saved_tensors_hooks(_Packer(self, outer).pack, _unpack)
 
@@ -287,7 +287,7 @@ class _Packer:
         noted = self.swapper.note_of(tensor)
         if noted is not None:
             return noted
-        return Passed(*self.outer, tensor) if self.outer is not None else Stays(tensor)
+        return Passed(self.outer, tensor) if self.outer is not None else Stays(tensor)
 
 
 def _unpack(packed: Any) -> Tensor:

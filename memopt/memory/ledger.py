@@ -271,14 +271,21 @@ def lives(tensor: Tensor, tier: str) -> None:
     if tier == "device":
         _AWAY.pop(storage._cdata, None)
     else:
-        away = _AWAY[storage._cdata] = _Away(storage, _forget)
-        away.key, away.tier = storage._cdata, tier
+        made = _Away(storage, _forget)
+        made.key, made.tier = storage._cdata, tier
+        _AWAY[made.key] = made
     moved(tensor, tier)
 
 
+def home_of(tensor: Tensor) -> str | None:
+    """Where what is made of a tensor lives, if that is not the device."""
+    return "cpu" if storage_of(tensor) in _AWAY else None
+
+
 def _forget(away: Any) -> None:
-    if _AWAY.get(away.key) is away:
-        del _AWAY[away.key]
+    key: int = away.key
+    if _AWAY.get(key) is away:
+        del _AWAY[key]
 
 
 def _common_tier(args: Any, kwargs: Any) -> str | None:

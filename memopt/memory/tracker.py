@@ -29,7 +29,7 @@ from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as optim
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from memopt.memory.ledger import Ledger, Record, sole_holders
+from memopt.memory.ledger import Ledger, Record, home_of, lives, sole_holders
 
 # Kinds of events: a storage has changed its bytes, is kept for backward by one more or fewer, stays kept until it dies,
 # or has moved to another tier.
@@ -121,6 +121,10 @@ class Tracker(Ledger):
         """Label what an optimizer keeps between its steps."""
         names = {id(p): name for name, p in self._model.named_parameters()}
         for parameter, state in optimizer.state.items():
+            if (tier := home_of(parameter)) is not None:  # with which what it makes in its step lives
+                for tensor in _leaves(state):
+                    if tensor.shape == parameter.shape:
+                        lives(tensor, tier)
             name = names.get(id(parameter), "")
             self.own([(name, t) for t in _leaves(state)], "optimizer_states")
 

@@ -34,7 +34,9 @@ class BlockSwap(Pass):
     name: ClassVar[str] = "block_swap"
     stage: ClassVar = "hook"  # inside checkpoints, which then bring weights in again as they recompute
     exact: ClassVar[bool] = True
-    needs: ClassVar[str] = "repeated blocks with parameters: composite modules in a ModuleList, ModuleDict or Sequential"
+    needs: ClassVar[str] = (
+        "repeated blocks with parameters: composite modules in a ModuleList, ModuleDict or Sequential"
+    )
 
     to: Literal["cpu", "disk"] = "cpu"
     """Where the weights live."""
@@ -95,7 +97,7 @@ class BlockSwap(Pass):
         paths = [claim.path for claim in claims]
 
         def swapper_of(
-            model: nn.Module, put: Callable[[nn.Module, str, Any], None], undo: Callable[[Any], None] = id
+            model: nn.Module, put: Callable[[nn.Module, str, Any], None], undo: Callable[..., Any]
         ) -> Swapper:
             movable = _movable(model, paths)
             device = torch.device(self.device) if self.device else None
@@ -113,7 +115,7 @@ class BlockSwap(Pass):
             return swapper
 
         def around_model(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-            swapper = vars(module).get(_SWAPPER) or swapper_of(module, object.__setattr__)  # a copy has none
+            swapper = vars(module).get(_SWAPPER) or swapper_of(module, object.__setattr__, id)  # a copy has none
             with swapper.call():
                 return inner(*args, **kwargs)
 
