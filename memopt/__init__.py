@@ -8,6 +8,7 @@ from memopt.load import load_swapped
 from memopt.memory import MemoryReport, profile
 from memopt.registry import Claim, Context, Pass, available_passes
 from memopt.reports import Report
+from memopt.stage import Stage, StageReport, stage
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,8 @@ __all__ = [
     "Pass",
     "PassConflict",
     "Report",
+    "Stage",
+    "StageReport",
     "UnknownPass",
     "__version__",
     "apply",
@@ -32,4 +35,5 @@ __all__ = [
     "memory",
     "passes",
     "profile",
+    "stage",
 ]

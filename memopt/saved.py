@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from memopt.tensors import version_of
 
 Pack = Callable[[Tensor], Any]
 Unpack = Callable[[Any], Tensor]
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 class Stays:
@@ -49,10 +50,22 @@ def check_version(tensor: Tensor, version: int) -> None:
         )
 
 
+def observes(pack: Hook) -> Hook:
+    """Mark a hook that only looks, as a profile's does: it needs nothing that others keep themselves."""
+    pack.observes = True  # type: ignore[attr-defined]
+    return pack
+
+
 def hooks_in_force() -> tuple[Pack, Unpack] | None:
-    """The innermost hooks on saved tensors."""
+    """The innermost hooks on saved tensors that want what they are given."""
     hooks: tuple[Pack, Unpack] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks
+    return None if hooks is None or getattr(hooks[0], "observes", False) else hooks
+
+
+def in_checkpoint() -> bool:
+    """Whether what autograd saves here is not kept, because a checkpoint will compute it again."""
+    hooks = hooks_in_force()
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
 def hooks_allowed() -> bool:

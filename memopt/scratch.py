@@ -3,6 +3,10 @@
 The folder is ``memopt-<random>`` inside a given one, with a file ``memopt.lock`` that is locked for as long as the
 process lives. Whoever makes a folder beside it removes those whose lock is free and names this machine: what killed
 processes have left. A forked process leaves the folder alone.
+
+A :class:`Worker` is a thread that writes and reads them beside the computation. It takes no lock that others wait for,
+so a fork at any moment and finalizers in any thread are safe; in a forked process work that the thread had not done is
+done by who waits for it.
 """
 
 from __future__ import annotations
@@ -16,6 +20,9 @@ import platform
 import tempfile
 import weakref
 import zlib
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +115,116 @@ class Scratch:
     def remove(self) -> None:
         """Remove the folder and all in it."""
         self._remove()
+
+
+class Write:
+    """A file to write, unless nobody wants it any more. Finalizers drop it in any thread, and so without locks.
+
+    Args:
+        scratch: where.
+        source: has ``data()``, which gives the buffer of bytes.
+        size: of that, in bytes.
+    """
+
+    def __init__(self, scratch: Scratch, source: Any, size: int) -> None:
+        self.scratch, self.file, self.size = scratch, scratch.new(), size
+        self.source = source
+        """None once it is written, or failed to be, or is dropped."""
+        self.error: BaseException | None = None
+        self.dropped = False
+
+    def run(self) -> None:
+        """Write it."""
+        source = self.source
+        try:
+            if source is not None:
+                self.scratch.write(self.file, source.data())
+        except BaseException as error:
+            self.error = error.with_traceback(None)
+        finally:
+            self.source = source = None  # only now, when there is a file or an error
+        if self.dropped:  # perhaps before there was a file
+            self.scratch.drop(self.file)
+
+    def read(self, data: Callable[[], Any]) -> None:
+        """Read it into a buffer of its size.
+
+        Raises:
+            MemoptError: it is not there, not what was written, or could not be written.
+        """
+        if self.error is not None:
+            raise self.error
+        self.scratch.read(self.file, data())
+
+    def drop(self) -> None:
+        """Remove the file, or keep it from being written."""
+        self.dropped = True  # first: what a thread writes from now on, it removes
+        self.source = None
+        self.scratch.drop(self.file)
+
+
+class Worker:
+    """A thread of one process that works on files, in order. It ends with its owner, or with the interpreter.
+
+    Args:
+        limit: bytes that may wait to be written.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._process = limit, os.getpid()
+        self._thread = ThreadPoolExecutor(1, "memopt-files")
+        self._writes: deque[tuple[Write, Callable[[], None]]] = deque()
+
+    @property
+    def mine(self) -> bool:
+        """Whether the thread is of this process, and not of the one that it was forked from."""
+        return self._process == os.getpid()
+
+    @property
+    def pending(self) -> int:
+        """Bytes that wait to be written."""
+        return sum(write.size for write, _ in self._writes if write.source is not None)
+
+    def begin(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Give the thread something to do. What is returned waits until it is done, and raises what that raised."""
+        try:
+            future = self._thread.submit(work)
+        except RuntimeError:  # no thread can be had, or the interpreter ends
+            self._thread.shutdown(wait=False, cancel_futures=True)  # nor shall one do this later
+            return work
+        return lambda: future.result() if self.mine else work()
+
+    def make_room(self, size: int) -> None:
+        """Wait until so many bytes more may wait.
+
+        Raises:
+            MemoptError: something could not be written that somebody may ask for.
+        """
+        while self._writes and (self._writes[0][0].source is None or self.pending + size > self._limit):
+            write = self._oldest()
+            if write.error is not None and not write.dropped:
+                self.drain()
+                raise write.error
+
+    def put(self, write: Write) -> None:
+        """Let the thread write."""
+        self._writes.append((write, self.begin(write.run)))
+
+    def drain(self) -> None:
+        """Wait until all is written, or failed to be; errors are left to who asks for what is lost."""
+        while self._writes:
+            self._oldest()
+
+    def end(self) -> None:
+        """Wait until everything is done."""
+        self._thread.shutdown()
+
+    def _oldest(self) -> Write:
+        write, wait = self._writes[0]
+        if write.source is not None:
+            wait()
+        self._writes.popleft()
+        return write
 
 
 def _remove(folder: Path, lock: int, process: int) -> None:

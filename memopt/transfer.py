@@ -8,7 +8,12 @@ On a CUDA device copies run on two streams of their own, one for each direction.
 an outgoing copy waits for what computes its source; a source is let go of only once its copy is done, or the stream
 that computed it is told to wait for the copy, so that the caching allocator cannot hand its memory to somebody who
 writes early; an incoming copy waits until its destination, which is allocated on the computing stream, is free. The
-host waits for files alone, and where memory could not be pinned. On a CPU everything happens at once.
+host waits only where memory could not be pinned. On a CPU copies happen at once.
+
+Files are written and read by a thread of the mover's (`memopt.scratch.Worker`), from and to host memory. It begins no
+copies and makes no tensors: that is done where the caller is. What is asked for before its file is written comes from
+the buffer that waits for that; what is dropped before is never written. A write that failed is an error in the next
+``out``, or in the ``get`` of the tensor that is lost by it; a read that failed, in its ``get``.
 
 Host memory is taken from a pool and given back to it, pinned where that works. Fake tensors move the same way and take
 no part in pools, streams and files; ledgers are told where their bytes are (`memopt.memory.moved`).
@@ -22,19 +27,19 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memopt.errors import InputError
+from memopt.compression import Compression, check, encode
+from memopt.errors import InputError, MemoptError
 from memopt.memory.ledger import moved, off_the_books
-from memopt.scratch import Scratch
+from memopt.scratch import Scratch, Worker, Write
 from memopt.units import parse_bytes
 
 Tier = Literal["cpu", "disk"]
-Compression = Literal["bf16", "fp8"]
 
 
 class Buffer:
@@ -54,6 +59,17 @@ class Buffer:
         if self.event is not None:
             self.event.synchronize()
             self.event = None
+
+    def ready(self) -> Callable[[], None]:
+        """What waits, in any thread, for the last use until now."""
+        event = self.event
+
+        def wait() -> None:
+            if event is not None:
+                with torch.cuda.device(event.device):  # a thread begins on device 0 and would take memory there
+                    event.synchronize()
+
+        return wait
 
 
 class Pool:
@@ -126,11 +142,15 @@ class Mover:
         to: the tier.
         folder: for ``disk``, where a folder is made that only this mover uses; by default in the system's folder for
             temporary files.
-        compress: None, or what floating-point values are rounded to on the way: ``bf16`` (half the bytes of float32),
-            ``fp8`` (e4m3 with one scale for each tensor, a quarter).
+        compress: None, or what floating-point values are rounded to on the way: ``bf16``, ``fp8`` or ``int8`` (by
+            bitsandbytes); memopt.compression has the bounds of the error.
         pinned: bytes of host memory that may be pinned, or a text such as "8GiB".
-        spare: bytes of unused host buffers to keep.
-        in_flight: bytes of sources of outgoing copies that may wait for their copies; then computation waits.
+        spare: bytes of unused host buffers to keep; for ``disk`` at most ``in_flight``.
+        in_flight: bytes of sources of outgoing copies that may wait for their copies; then computation waits. For
+            ``disk`` also bytes of host buffers that may wait to be written; then the caller waits.
+
+    Raises:
+        InputError: one of these is no such value, or bitsandbytes is not installed.
     """
 
     def __init__(
@@ -145,21 +165,26 @@ class Mover:
     ) -> None:
         if to not in ("cpu", "disk"):
             raise InputError(f"to={to!r} is not one of cpu, disk")
-        if compress not in (None, "bf16", "fp8"):
-            raise InputError(f"compress={compress!r} is not one of bf16, fp8")
+        check(compress)
         if folder is not None and to != "disk":
             raise InputError("folder is for to='disk'")
         self.to, self.compress = to, compress
-        self.pool = Pool(parse_bytes(pinned), parse_bytes(spare))
         self._in_flight = parse_bytes(in_flight)
+        spare_bytes = parse_bytes(spare)
+        self.pool = Pool(parse_bytes(pinned), min(spare_bytes, self._in_flight) if to == "disk" else spare_bytes)
         self._folder = folder
         self._scratch: Scratch | None = None
+        self._worker: Worker | None = None
         self._lanes: dict[torch.device, _Lanes] = {}
         self.lock = threading.RLock()
         """Held while something begins to move: autograd has a thread for each device."""
 
     def out(self, flat: Tensor) -> Parked:
-        """Move a copy of a contiguous one-dimensional tensor out. It may be changed or dropped at once afterwards."""
+        """Move a copy of a contiguous one-dimensional tensor out. It may be changed or dropped at once afterwards.
+
+        Raises:
+            MemoptError: a file could not be written, perhaps of what went out before: that one is lost, no other.
+        """
         return Parked(self, flat)
 
     def lanes(self, device: torch.device) -> _Lanes:
@@ -175,8 +200,18 @@ class Mover:
             self._scratch = Scratch(self._folder)
         return self._scratch
 
+    @property
+    def worker(self) -> Worker:
+        """The thread for files, begun when the first is written, in a forked process anew."""
+        if self._worker is None or not self._worker.mine:
+            self._worker = Worker(self._in_flight)
+        return self._worker
+
     def close(self) -> None:
-        """Remove the files."""
+        """Remove the files, once the thread is done with them."""
+        if self._worker is not None and self._worker.mine:
+            self._worker.end()
+            self._worker = None
         if self._scratch is not None:
             self._scratch.remove()
             self._scratch = None
@@ -195,7 +230,7 @@ class Parked:
 
     def __init__(self, mover: Mover, flat: Tensor) -> None:
         self._mover = mover
-        payload, self._decode = _encoded(flat, mover.compress)
+        payload, self._decode = encode(flat, mover.compress)
         with mover.lock:
             self._slot = mover.slot(payload)
         self._ready: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
@@ -206,7 +241,11 @@ class Parked:
             self._slot.fetch()
 
     def get(self) -> Tensor:
-        """A new tensor on the device it came from."""
+        """A new tensor on the device it came from.
+
+        Raises:
+            MemoptError: its file could not be written or read.
+        """
         with self._mover.lock:
             flat = self._decode(self._slot.get())
             if flat.device.type == "cuda" and not isinstance(flat, FakeTensor):
@@ -221,32 +260,23 @@ class Parked:
             flat.record_stream(stream)
 
 
-def _encoded(flat: Tensor, compress: Compression | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """What to move for a flat tensor, and what makes it of that again."""
-    dtype = flat.dtype
-    if compress == "bf16" and dtype in (torch.float32, torch.float64):
-        return flat.to(torch.bfloat16), lambda narrow: narrow.to(dtype)
-    if compress == "fp8" and dtype in (torch.float32, torch.bfloat16, torch.float16) and flat.numel():
-        wide = flat.float()
-        largest = torch.where(wide.isfinite(), wide, 0).abs().amax()
-        scale = (largest / torch.finfo(torch.float8_e4m3fn).max).clamp(min=torch.finfo(torch.float32).tiny)
-        finite = torch.where(wide.isfinite(), wide / scale, torch.nan)  # an infinity would become a number
-        return finite.to(torch.float8_e4m3fn), lambda narrow: (narrow.float() * scale).to(dtype)
-    return flat, lambda same: same
-
-
 class _Slot(ABC):
     """The bytes of one tensor on their tier."""
 
     def __init__(self, mover: Mover, flat: Tensor) -> None:
         self.mover, self.device, self.dtype, self.numel = mover, flat.device, flat.dtype, flat.numel()
         self.bytes = self.numel * self.dtype.itemsize
-
-        self._coming: _Coming | None = None
+        self._coming: _Coming | _Reading | None = None
 
     @abstractmethod
-    def _begin(self) -> _Coming:
+    def _begin(self) -> _Coming | _Reading:
         """Begin to bring them back."""
+
+    def _from(self, buffer: Buffer) -> _Coming:
+        """Begin to bring them back from a buffer."""
+        if self.device.type == "cuda":
+            return self.mover.lanes(self.device).back(buffer, self.dtype)
+        return _Coming(buffer.tensor.view(self.dtype).clone())
 
     def fetch(self) -> None:
         """Begin to bring them back, if that was not begun."""
@@ -277,52 +307,85 @@ class _Host(_Slot):
 
     def __init__(self, mover: Mover, flat: Tensor) -> None:
         super().__init__(mover, flat)
-        self.buffer = mover.pool.take(self.bytes)
-        weakref.finalize(self, mover.pool.give, self.buffer)
-        moved(self.buffer.tensor, "cpu")
-        if self.device.type == "cuda":
-            mover.lanes(self.device).out(flat, self.buffer)
-        else:
-            self.buffer.wait()  # a device may still read it for who had it before
-            self.buffer.tensor.view(self.dtype).copy_(flat)
+        self.lent = _Lent(mover.pool, self.bytes)
+        self.lent.fill(mover, flat)
 
     def _begin(self) -> _Coming:
-        if self.device.type == "cuda":
-            return self.mover.lanes(self.device).back(self.buffer, self.dtype)
-        return _Coming(self.buffer.tensor.view(self.dtype).clone())
+        return self._from(self.lent.buffer)
 
 
 class _File(_Slot):
-    """In a file. The host waits for it; a CUDA device's bytes go through a buffer."""
+    """In a file, once the thread has written it; until then in a buffer."""
 
     def __init__(self, mover: Mover, flat: Tensor) -> None:
         super().__init__(mover, flat)
-        self.scratch = mover.scratch
-        self.file = self.scratch.new()
-        weakref.finalize(self, self.scratch.drop, self.file)
-        if self.device.type != "cuda":
-            self.scratch.write(self.file, flat.view(torch.uint8).numpy())
-            return
-        buffer = mover.pool.take(self.bytes)
-        try:
-            mover.lanes(self.device).out(flat, buffer)
-            buffer.wait()
-            self.scratch.write(self.file, buffer.tensor.numpy())
-        finally:
-            mover.pool.give(buffer)
+        mover.worker.make_room(self.bytes)
+        lent = _Lent(mover.pool, self.bytes)
+        lent.fill(mover, flat)
+        self.write = Write(mover.scratch, lent, self.bytes)
+        weakref.finalize(self, self.write.drop)
+        mover.worker.put(self.write)
 
-    def _begin(self) -> _Coming:
-        if self.device.type != "cuda":
+    def _begin(self) -> _Coming | _Reading:
+        write = self.write
+        unwritten = write.source
+        if unwritten is not None:
+            return self._from(unwritten.buffer)
+        data: Callable[[], Any]
+        coming: Callable[[], _Coming]
+        if self.device.type == "cuda":
+            lanes, dtype, lent = self.mover.lanes(self.device), self.dtype, _Lent(self.mover.pool, self.bytes)
+            data, coming = lent.data, lambda: lanes.back(lent.buffer, dtype)
+        else:
             flat = torch.empty(self.numel, dtype=self.dtype)
-            self.scratch.read(self.file, flat.view(torch.uint8).numpy())
-            return _Coming(flat)
-        buffer = self.mover.pool.take(self.bytes)
+            data, coming = flat.view(torch.uint8).numpy, lambda: _Coming(flat)
+        return _Reading(self.mover.worker.begin(lambda: write.read(data)), coming)
+
+    def get(self) -> Tensor:
         try:
-            buffer.wait()
-            self.scratch.read(self.file, buffer.tensor.numpy())
-            return self.mover.lanes(self.device).back(buffer, self.dtype)
-        finally:
-            self.mover.pool.give(buffer)
+            return super().get()
+        except MemoptError:
+            self.mover.worker.drain()  # other errors of the same cause are not for the next step
+            raise
+
+
+class _Lent:
+    """A buffer of the pool, which has it back with the last reference."""
+
+    def __init__(self, pool: Pool, size: int) -> None:
+        self.buffer = pool.take(size)
+        self._pool, self._ready = pool, self.buffer.ready()
+        moved(self.buffer.tensor, "cpu")
+
+    def fill(self, mover: Mover, flat: Tensor) -> None:
+        """Copy a tensor there, or begin to."""
+        if flat.device.type == "cuda":
+            mover.lanes(flat.device).out(flat, self.buffer)
+            self._ready = self.buffer.ready()
+        else:
+            self.buffer.wait()  # a device may still read it for who had it before
+            self.buffer.tensor.view(flat.dtype).copy_(flat)
+
+    def data(self) -> Any:
+        """The bytes, for any thread, once no device uses them as it did when they were lent or filled."""
+        self._ready()
+        return self.buffer.tensor.numpy()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pool"):
+            self._pool.give(self.buffer)
+
+
+class _Reading:
+    """A file that the thread reads, and what brings its bytes to the device after that."""
+
+    def __init__(self, wait: Callable[[], None], coming: Callable[[], _Coming]) -> None:
+        self._wait, self._coming = wait, coming
+
+    def arrive(self) -> Tensor:
+        """The tensor, for the current stream to use."""
+        self._wait()
+        return self._coming().arrive()
 
 
 class _Coming:

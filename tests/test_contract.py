@@ -22,9 +22,12 @@ from memopt.passes import (
     Checkpoint,
     FusedAttention,
     OffloadActivations,
+    OffloadSkips,
     OuterProduct,
+    Release,
     SetToNone,
 )
+from tests.passes.test_release import NOTHING as NOTHING_TO_RELEASE
 from tests.zoo import ZOO, differences, fingerprint, leaves, loss_of, placed, run
 
 # torch says so under plain autocast too, where a norm in float32 meets half-precision input (flux).
@@ -39,8 +42,10 @@ PASSES = {
     "outer_product": OuterProduct(),
     "outer_product_sparse": OuterProduct(mode="sparse"),
     "fused_attention": FusedAttention(),
+    "release": Release(),
     "offload_activations": OffloadActivations(min_bytes=1),
     "offload_activations_disk": OffloadActivations(to="disk", min_bytes=1, prefetch=3),
+    "offload_skips": OffloadSkips(min_bytes=1, waits=2),
     "block_swap": BlockSwap(),
     "block_swap_leaf": BlockSwap(to="disk", level="leaf", resident=2),
 }
@@ -55,8 +60,10 @@ def applies(pass_, case):
         return case.name == "hae_v2"
     if isinstance(pass_, FusedAttention):
         return case.name in WRITES_ATTENTION
-    if isinstance(pass_, BlockSwap) and pass_.level == "leaf":
+    if isinstance(pass_, OffloadSkips) or (isinstance(pass_, BlockSwap) and pass_.level == "leaf"):
         return case.name != "single_linear"
+    if isinstance(pass_, Release):
+        return case.name not in NOTHING_TO_RELEASE
     return case.blocks or not isinstance(pass_, Checkpoint | BlockSwap)
 
 
@@ -189,7 +196,7 @@ def test_a_deep_copy_is_an_equal_model_of_its_own(pass_, case):
     assert run(twin, case)[0].isfinite()  # the copy does not lean on the original
 
 
-CASTABLE = ("checkpoint", "set_to_none", "outer_product", "fused_attention", "block_swap", "block_swap_leaf")
+CASTABLE = ("checkpoint", "set_to_none", "outer_product", "fused_attention", "release", "block_swap", "block_swap_leaf")
 
 
 @pytest.mark.parametrize(("pass_", "case"), pairs(*CASTABLE))
@@ -334,7 +341,7 @@ def test_exact_passes_together_and_undone_in_another_order(case):
     model = case.build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = fingerprint(model)
-    twins = (PASSES["outer_product_sparse"], PASSES["offload_activations_disk"])
+    twins = [PASSES[name] for name in ("outer_product_sparse", "offload_activations_disk", "block_swap_leaf")]
     exact = [p for p in PASSES.values() if p.exact and applies(p, case) and p not in twins]
     handles = [memopt.apply(model, [p], optimizer=optimizer) for p in exact]
     for i in (0, 2, 1, *range(3, len(handles))):

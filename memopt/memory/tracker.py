@@ -30,6 +30,7 @@ from torch.optim import optimizer as optim
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from memopt.memory.ledger import Ledger, Record, home_of, lives, sole_holders
+from memopt.saved import observes
 
 # Kinds of events: a storage has changed its bytes, is kept for backward by one more or fewer, stays kept until it dies,
 # or has moved to another tier.
@@ -232,6 +233,7 @@ class Tracker(Ledger):
 
     # --- kept for backward ---------------------------------------------------------------------------------------
 
+    @observes
     def _pack(self, tensor: Tensor) -> _Kept:
         records = self.see(tensor)
         for record in records:

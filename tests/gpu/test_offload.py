@@ -44,9 +44,10 @@ def test_the_same_bits_for_many_shapes(to, prefetch):
                 assert all(torch.equal(a, b) for a, b in zip(step(model, x), expected, strict=True))
 
 
-def test_sources_and_buffers_may_be_used_again_at_once():
+@pytest.mark.parametrize("to", ["cpu", "disk"])
+def test_sources_and_buffers_may_be_used_again_at_once(to):
     """Memory that the allocator hands on while copies are under way is written to on the computing stream."""
-    mover = Mover(in_flight="4MiB")
+    mover = Mover(to, in_flight="4MiB")
     for size in (1 << 20, 3 << 20, 1 << 20):
         for i in range(50):
             flat = torch.full((size // 4,), float(i), device="cuda")
@@ -56,9 +57,35 @@ def test_sources_and_buffers_may_be_used_again_at_once():
             parked.fetch()
             torch.full((size // 4,), -2.0, device="cuda")
             assert (parked.get() == i).all()
+            if to == "disk" and i % 2:
+                mover.worker.drain()  # the file is read; otherwise mostly the buffer
+                assert (parked.get() == i).all()
             parked.fetch()  # and is never asked for
             del parked
     assert mover.pool.spare_bytes <= 4 << 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_int8_by_the_kernels_of_the_device(dtype):
+    pytest.importorskip("bitsandbytes")
+    mover = Mover(compress="int8")
+    flat = torch.randn(100_000, device="cuda").to(dtype)
+    flat[:600] = 0
+    flat[5000:5010] = torch.inf
+    parked = mover.out(flat)
+    torch.cuda.synchronize()
+    with torch.cuda.device(0):
+        found = parked.get()
+    assert torch.equal(found.isnan(), ~flat.isfinite())
+    expected = flat.float().where(flat.isfinite(), 0)
+    error = (found.float().nan_to_num() - expected).abs()
+    for a, b in zip(error.split(512), expected.split(512), strict=True):
+        assert a.max() <= b.abs().max() * (1 / 140 + torch.finfo(dtype).eps)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mover.out(flat)  # waits for nothing
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_pageable_memory_serves_where_nothing_may_be_pinned():

@@ -4,8 +4,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import memopt
-from memopt.passes import AMP, Checkpoint
 from memopt.blocks import find_blocks
+from memopt.passes import AMP, Checkpoint
 from tests.zoo import ZOO, guided, loss_of, placed, run
 
 

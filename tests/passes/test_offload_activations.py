@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import threading
+import time
 import weakref
 
 import pytest
@@ -17,8 +18,8 @@ import memopt
 from memopt import NothingToDo, PassConflict
 from memopt.memory import limit
 from memopt.passes import AMP, Checkpoint, OffloadActivations
-from memopt.passes.offload_activations import _Away
 from memopt.scratch import Scratch
+from memopt.tape import Away
 
 
 class Net(nn.Module):
@@ -54,6 +55,14 @@ def gradients(model, seed=1, times=1, **how):
     for i in range(times):
         loss.backward(retain_graph=i + 1 < times)
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def files(folder, expected):
+    """How many files there are in a mover's folder, once its thread is done if there will be as many as expected."""
+    end = time.monotonic() + 10
+    while len(os.listdir(folder)) - 1 != expected and time.monotonic() < end:
+        time.sleep(0.01)
+    return len(os.listdir(folder)) - 1
 
 
 def assert_equal(found, expected):
@@ -291,15 +300,34 @@ def test_without_gradients_nothing_moves():
     assert handle.report().rows[0].counts == {}
 
 
-def test_compressed_is_close_and_says_so():
+@pytest.mark.parametrize(("compress", "error"), [("bf16", 0.02), ("int8", 0.05)])
+def test_compressed_is_close_and_says_so(compress, error):
+    pytest.importorskip("bitsandbytes" if compress == "int8" else "torch")
     plain, model = build().eval(), build().eval()
-    pass_ = OffloadActivations(min_bytes=1, compress="bf16")
+    pass_ = OffloadActivations(min_bytes=1, compress=compress)
     assert not pass_.exact
     memopt.apply(model, [pass_])
     expected, found = gradients(plain), gradients(model)
     assert torch.equal(found[0], expected[0])  # forward is untouched
     for a, b in zip(found, expected, strict=True):
-        assert (a - b).norm() <= 0.02 * b.norm() + 1e-4
+        assert (a - b).norm() <= error * b.norm() + 1e-4
+
+
+@pytest.mark.parametrize("compress", ["fp8", "int8"])
+def test_what_is_beside_a_saved_view_does_not_touch_it(compress):
+    pytest.importorskip("bitsandbytes" if compress == "int8" else "torch")
+
+    class Beside(nn.Linear):
+        def forward(self, x):
+            storage = torch.full((1024,), float("nan"))
+            storage[::2] = 1e30
+            return self.weight[0] * storage[100:900].copy_(x)
+
+    model, x = Beside(800, 1), torch.linspace(-1, 1, 800)
+    handle = memopt.apply(model, [OffloadActivations(min_bytes=64, compress=compress)])
+    model(x).sum().backward()
+    assert handle.report().rows[0].counts["bytes moved out"] == x.nbytes
+    assert 0 < (model.weight.grad[0] - x).abs().max() <= 1 / 16
 
 
 # Memory.
@@ -337,8 +365,9 @@ def test_no_growth_over_many_steps(least, tmp_path):
     def state():
         gc.collect()
         folder = own.folder if own else next(tmp_path.iterdir())
+        left = files(folder, 0)
         live = sum(type(o) is torch.Tensor for o in gc.get_objects())
-        return os.listdir(folder), len(os.listdir("/proc/self/fd")), live
+        return left, len(os.listdir("/proc/self/fd")), threading.active_count(), live
 
     for i in range(2000):
         model.zero_grad()
@@ -349,7 +378,7 @@ def test_no_growth_over_many_steps(least, tmp_path):
         if i == 10:
             early = state()
     assert early == state()
-    assert early[0] == ["memopt.lock"]
+    assert early[0] == 0
 
 
 # Failures.
@@ -373,13 +402,13 @@ class FailsAt(TorchDispatchMode):
 @pytest.mark.parametrize("to", ["cpu", "disk"])
 def test_an_exception_at_any_operation_leaves_nothing_behind(to, error, tmp_path, monkeypatch):
     alive = weakref.WeakSet()
-    begin = _Away.__init__
+    begin = Away.__init__
 
     def counted(self, *args):
         begin(self, *args)
         alive.add(self)
 
-    monkeypatch.setattr(_Away, "__init__", counted)
+    monkeypatch.setattr(Away, "__init__", counted)
     model, plain = build(), build()
     folder = {"folder": str(tmp_path)} if to == "disk" else {}
     memopt.apply(model, [OffloadActivations(to=to, min_bytes=1, **folder)])
@@ -398,7 +427,7 @@ def test_an_exception_at_any_operation_leaves_nothing_behind(to, error, tmp_path
         clean += not alive
         if to == "disk":
             (own,) = tmp_path.iterdir()
-            assert len(os.listdir(own)) == 1 + len(alive)
+            assert files(own, len(alive)) == len(alive)
     assert clean > 0.6 * count > 100
     model.load_state_dict(plain.state_dict())  # statistics of batch norm, which failed steps have moved
     assert_equal(gradients(model), gradients(plain))
@@ -413,15 +442,17 @@ def test_running_out_of_memory_leaves_nothing_behind(tmp_path):
             gradients(model)
         gc.collect()
         (own,) = tmp_path.iterdir()
-        assert os.listdir(own) == ["memopt.lock"]
+        assert files(own, 0) == 0
     assert_equal(gradients(model), expected)
 
 
 def test_a_file_that_is_gone_is_named(tmp_path):
     model = build()
-    memopt.apply(model, [OffloadActivations(to="disk", folder=str(tmp_path), min_bytes=1)])
+    handle = memopt.apply(model, [OffloadActivations(to="disk", folder=str(tmp_path), min_bytes=1)])
     loss = model(inputs()).sum()
     (own,) = tmp_path.iterdir()
+    expected = handle.report().rows[0].counts["storages moved out"]
+    assert files(own, expected) == expected
     for file in own.iterdir():
         if file.name != "memopt.lock":
             file.unlink()
@@ -435,18 +466,27 @@ def test_a_full_disk_is_told_and_the_model_is_whole(tmp_path, monkeypatch):
     model = build().eval()
     expected = gradients(model)
     memopt.apply(model, [OffloadActivations(to="disk", folder=str(tmp_path), min_bytes=1)])
-    write = Scratch.write
+    write, failures, after = Scratch.write, [], threading.Event()
 
     def full(self, file, data):
+        if failures:
+            after.set()
         if len(memoryview(data).cast("B")) > 1000:
+            failures.append(file)
             raise memopt.MemoptError(f"cannot write to {file}: No space left on device.")
         write(self, file, data)
 
     monkeypatch.setattr(Scratch, "write", full)
-    with pytest.raises(memopt.MemoptError, match="No space left on device"):
-        gradients(model)
+    hook = model.out.register_forward_pre_hook(lambda *_: None if after.wait(60) else "no second write")
+    for _ in range(3):
+        failures.clear()
+        after.clear()
+        with pytest.raises(memopt.MemoptError, match="No space left on device"):
+            gradients(model)
     monkeypatch.undo()
-    assert_equal(gradients(model), expected)
+    hook.remove()
+    for _ in range(3):
+        assert_equal(gradients(model), expected)
 
 
 def test_undone_while_a_graph_is_alive():
