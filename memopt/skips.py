@@ -2,7 +2,7 @@
 
 *Finding.* What waits is known only when a model runs. The first forward is watched (:class:`Learner`): the results of
 modules, each use that their caller makes of them (handing one to a module, or to a function of torch), and how many
-leaf modules are called between two uses. A result that waits long is a *skip connection*; the plan says after which use.
+leaf modules are called between two uses. A result that waits long is a *skip connection*; a plan says after which use.
 
 *Moving.* In later forwards such a result is handed to the caller as a :class:`Skip`, a deferred value (`deferred/`):
 whatever Python structure keeps it keeps no memory. After its last early use it moves out, and autograd lets go of its

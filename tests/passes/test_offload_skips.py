@@ -18,7 +18,7 @@ from memopt.memory import limit
 from memopt.memory.ledger import Ledger
 from memopt.passes import AMP, BlockSwap, Checkpoint, OffloadActivations, OffloadSkips, OuterProduct
 from memopt.tape import Away
-from tests.passes.test_offload_activations import FailsAt, assert_equal
+from tests.passes.test_offload_activations import FailsAt, assert_equal, files
 from tests.zoo import ZOO, run
 
 
@@ -421,11 +421,11 @@ def test_no_growth_over_many_steps(tmp_path):
 
     def state():
         gc.collect()
-        live = sum(type(o) is torch.Tensor for o in gc.get_objects())
         (own,) = tmp_path.iterdir()
-        return live, len(os.listdir("/proc/self/fd")), os.listdir(own)
+        left = files(own, 0)
+        return left, len(os.listdir("/proc/self/fd")), sum(type(o) is torch.Tensor for o in gc.get_objects())
 
-    for i in range(500):
+    for i in range(2000):
         model.zero_grad()
         loss = model(inputs()).sum()
         if i % 3:
@@ -433,7 +433,9 @@ def test_no_growth_over_many_steps(tmp_path):
         del loss
         if i == 10:
             early = state()
-    assert early == state()
+    late = state()
+    assert early[:2] == late[:2]
+    assert late[2] <= early[2] + 8  # a thread that is late makes the pool keep a buffer more
 
 
 # Failures.
