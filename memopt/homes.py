@@ -8,6 +8,7 @@ and a copy on the device while it is there.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memopt.mapped import MappedFile
 from memopt.memory.ledger import lives, moved, off_the_books
-from memopt.tensors import PLAIN, storage_of, version_of
+from memopt.tensors import is_memory, storage_of, version_of
 from memopt.transfer import Mover, Tier
 
 ALIGNMENT = 64
@@ -31,34 +32,42 @@ Arrival = Callable[[], Tensor]
 
 def can_leave(parameter: Tensor) -> bool:
     """Whether a parameter is plain memory that can be put down elsewhere and made again."""
-    if type(parameter) not in PLAIN or parameter.layout is not torch.strided or not parameter.numel():
+    if not is_memory(parameter) or parameter.is_inference() or parameter.device.type not in ("cpu", "cuda"):
         return False
     dense: bool = torch.ops.aten.is_non_overlapping_and_dense(parameter)
-    return dense and parameter.device.type in ("cpu", "cuda")
+    return dense
 
 
 class Home:
     """The memory that a parameter on the CPU has anyhow."""
 
-    tier: Tier = "cpu"
+    def __init__(self, flat: Tensor, tier: Tier = "cpu") -> None:
+        self.flat, self.tier = flat, tier
 
-    def __init__(self, flat: Tensor) -> None:
-        self.flat = flat
-
-    def begin(self, device: torch.device, *, written: bool) -> Arrival:
-        """Begin to make a copy on a device.
-
-        Args:
-            written: whether the home may have been written to, other than by this module.
-        """
-        near = torch.empty(self.flat.numel(), dtype=self.flat.dtype, device=device)
+    def begin(self, device: torch.device, spare: Tensor | None) -> Arrival:
+        """Begin to make a copy on a device, in memory that is to spare if there is some."""
+        near = self._near(device) if spare is None else spare
         with torch.no_grad(), off_the_books():
             near.copy_(self.flat)
         return lambda: near
 
-    def restored(self, device: torch.device) -> Tensor | None:
-        """A copy on the device, if this home cannot stay; flat."""
-        return None
+    def _near(self, device: torch.device) -> Tensor:
+        return torch.empty(self.flat.numel(), dtype=self.flat.dtype, device=device)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the tensor's memory is where it was: torch moves what is shared with other processes."""
+        return True
+
+    def check(self) -> None:
+        """Raise if the values are no more."""
+
+    def wait(self) -> None:
+        """Wait for copies from here that are under way: somebody may write here now."""
+
+    def leave(self, device: torch.device) -> Tensor:
+        """The values, flat, on a device and in memory of their own."""
+        return self.flat if self.flat.device == device else self.flat.to(device)
 
 
 class HostHome(Home):
@@ -66,31 +75,33 @@ class HostHome(Home):
 
     def __init__(self, data: Tensor, mover: Mover) -> None:
         self.buffer, self.mover = mover.pool.take(data.nbytes), mover
+        weakref.finalize(self, mover.pool.give, self.buffer)
         self.buffer.wait()
         super().__init__(self.buffer.tensor.view(data.dtype))
 
-    def begin(self, device: torch.device, *, written: bool) -> Arrival:
+    def begin(self, device: torch.device, spare: Tensor | None) -> Arrival:
         return self.mover.lanes(device).back(self.buffer, self.flat.dtype).arrive
 
-    def restored(self, device: torch.device) -> Tensor | None:
+    def wait(self) -> None:
         self.buffer.wait()
-        return self.flat.to(device)
+
+    def leave(self, device: torch.device) -> Tensor:
+        self.wait()
+        return self.flat.to(device, copy=True)
 
 
 class FileHome(Home):
     """A part of a mapped file."""
 
-    tier: Tier = "disk"
-
     def __init__(self, flat: Tensor, file: MappedFile, start: int, reader: Reader, mover: Mover) -> None:
-        super().__init__(flat)
+        super().__init__(flat, "disk")
         self.file, self.start, self.reader, self.mover = file, start, reader, mover
 
-    def begin(self, device: torch.device, *, written: bool) -> Arrival:
-        if self.file.private and written:  # what is written to private pages is not in the file
-            return super().begin(device, written=True)
+    def begin(self, device: torch.device, spare: Tensor | None) -> Arrival:
+        if self.file.written(self.start, self.flat.nbytes):
+            return super().begin(device, spare)
         if device.type == "cpu":
-            near = torch.empty(self.flat.numel(), dtype=self.flat.dtype)
+            near = self._near(device) if spare is None else spare
             wait = self.reader.read(self.file, self.start, near)
             return lambda: (wait(), near)[1]
         buffer = self.mover.pool.take(self.flat.nbytes)
@@ -106,9 +117,16 @@ class FileHome(Home):
 
         return send
 
-    def restored(self, device: torch.device) -> Tensor | None:
+    @property
+    def in_place(self) -> bool:
+        return self.file.holds(self.flat, self.start)
+
+    def check(self) -> None:
+        self.file.check()
+
+    def leave(self, device: torch.device) -> Tensor:
         if self.file.private and device.type == "cpu":  # where its owner had put it
-            return None
+            return self.flat
         return self.flat.to(device, copy=True)
 
 
@@ -123,7 +141,12 @@ class Reader:
         """Begin to read a part of a file into a flat tensor; what is returned waits for it."""
         if self._pool is None or self._process != os.getpid():  # a fork has no threads
             self._pool, self._process = ThreadPoolExecutor(1, thread_name_prefix="memopt-read"), os.getpid()
-        return self._pool.submit(file.fill, start, into.view(torch.uint8).numpy()).result
+        data = into.view(torch.uint8).numpy()
+        try:
+            return self._pool.submit(file.fill, start, data).result
+        except RuntimeError:  # the interpreter ends
+            file.fill(start, data)
+            return lambda: None
 
     def close(self) -> None:
         """End the thread."""
@@ -143,11 +166,16 @@ class Weight:
     def __init__(self, owner: nn.Module, name: str, device: torch.device | None = None) -> None:
         self.owner, self.name = owner, name
         self.parameter: nn.Parameter = owner._parameters[name]  # type: ignore[assignment]
-        self.device = device or self.parameter.device
+        self.origin = self.parameter.device
+        self.device = device or self.origin
         self.home: Home | None = None
         self.near: Tensor | None = None
         """Its data while it is there."""
-        self._version = self._settled = version_of(self.parameter)
+        self.arrive: Callable[[Tensor], None] | None = None
+        """Has it there for a gradient; where the device is another than that of the home."""
+        self._away: Tensor | None = None  # its data while it is away
+        self._version = version_of(self.parameter)
+        self._grad: Tensor | None = None  # of the home's device, while the weight is on another
         self._hooks: list[Any] = []
 
     @property
@@ -155,28 +183,31 @@ class Weight:
         return self.parameter.nbytes
 
     @property
-    def strayed(self) -> bool:
-        """Whether it has no home, or has got other data since it went there."""
-        parameter = self.owner._parameters.get(self.name)
-        if parameter is not self.parameter and isinstance(parameter, nn.Parameter):
-            self.forget()
-            self.parameter = parameter
-        if self.home is None or self.parameter.device.type == "cuda":
-            return self.near is None
-        same = storage_of(self.parameter) == storage_of(self.home.flat) and self.parameter.dtype == self.home.flat.dtype
-        return not same and self.near is None
+    def is_used(self) -> bool:
+        """Whether the module still has this parameter; one that was put in its place stays where it is."""
+        return self.owner._parameters.get(self.name) is self.parameter
+
+    @property
+    def is_at_home(self) -> bool:
+        """Whether its data are those that it was given when it settled."""
+        if self._away is None or self.home is None or not self.home.in_place:
+            return False
+        return _same_place(self.parameter, self._away, self.home.flat)
+
+    @property
+    def strays(self) -> bool:
+        """Whether it needs a home: it has none yet, or has got other data since."""
+        return self.near is None and self.is_used and not self.is_at_home and can_leave(self.parameter)
 
     def settle(self, home: Home) -> None:
         """Move to a home."""
         data, grad = self.parameter.data, self.parameter.grad
-        if data.device.type == "cuda":  # moved there by the user
-            self.device = data.device
-        with torch.no_grad(), off_the_books():
-            if storage_of(home.flat) != storage_of(data):
+        if storage_of(home.flat) != storage_of(data):
+            with torch.no_grad(), off_the_books():
                 home.flat.copy_(flat(data))
         self.home = home
-        self._become(home.flat.as_strided(data.shape, data.stride()))
-        self._settled = version_of(self.parameter)
+        self._away = home.flat.as_strided(data.shape, data.stride(), int(home.flat.storage_offset()))
+        self._become(self._away)
         lives(home.flat, home.tier)
         if grad is not None and grad.device != home.flat.device:
             self.parameter.grad = None
@@ -185,71 +216,101 @@ class Weight:
         self._watch_gradient()
 
     def _watch_gradient(self) -> None:
-        """Let gradients go where the weight lives, which is where optimizers expect them."""
         if self._hooks or not (self.parameter.requires_grad and self.parameter.is_leaf):
             return
-        if self.device.type != "cpu":
-            self._hooks.append(self.parameter.register_hook(_to_host))
+        if self.device.type != "cpu":  # a gradient is added where the weight is, so it has to be there
+            self._hooks.append(self.parameter.register_hook(lambda grad: self.arrive and self.arrive(grad)))
         self._hooks.append(self.parameter.register_post_accumulate_grad_hook(_account))
 
-    def begin(self) -> Arrival:
-        """Begin to make the copy on the device."""
-        assert self.home is not None
+    @property
+    def size(self) -> tuple[int, torch.dtype]:
+        """What two weights have in common of which one's copy can be made in the memory of the other's."""
+        return self.parameter.numel(), self.parameter.dtype
+
+    def begin(self, spare: Tensor | None) -> Arrival | None:
+        """Begin to make the copy on the device; None for one that has no home."""
+        if self.home is None or not self.is_used or not self.is_at_home:
+            return None
         with torch.inference_mode(False):
-            return self.home.begin(self.device, written=version_of(self.parameter) != self._settled)
+            return self.home.begin(self.device, spare)
 
     def come(self, near: Tensor) -> None:
         """Have the copy as its data."""
-        data = self.parameter.data
+        if self._away is None or not self.is_at_home:  # somebody gave it other data meanwhile
+            return
         moved(near, "device", "parameters")
         self._version = version_of(self.parameter)
         self.near = near
-        self._become(near.as_strided(data.shape, data.stride()))
+        if self.device != self._away.device:
+            self._grad, self.parameter.grad = self.parameter.grad, None
+        self._become(near.as_strided(self._away.shape, self._away.stride()))
         self._watch_gradient()
 
-    def go(self) -> None:
-        """Go home, with what was written to it. Whoever gave it other data meanwhile has his way."""
+    def go(self) -> Tensor | None:
+        """Go home, with what was written to it. Whoever gave it other data meanwhile has his way.
+
+        Returns:
+            The memory of the copy, flat, if it may serve for another on a CPU: if nobody has a view of it.
+        """
         near, self.near = self.near, None
-        if near is None or self.home is None or storage_of(self.parameter) != storage_of(near):
+        if near is not None:
+            self._go_from(near)
+            if near.device.type == "cpu" and type(near) is Tensor:
+                holders: int = torch._C._storage_Use_Count(near.untyped_storage()._cdata)
+                return near if holders == 2 else None  # this tensor, and the storage's own object
+        return None
+
+    def _go_from(self, near: Tensor) -> None:
+        if self.home is None or self._away is None or storage_of(self.parameter) != storage_of(near):
             return
         if version_of(self.parameter) != self._version:
             with torch.no_grad(), torch.inference_mode(False), off_the_books():
                 self.home.flat.copy_(near)
-        self._become(self.home.flat.as_strided(self.parameter.shape, self.parameter.stride()))
+        if self.device == self._away.device:
+            self._become(self._away)
+            return
+        new, old, self._grad, self.parameter.grad = self.parameter.grad, self._grad, None, None
+        self._become(self._away)
+        if new is not None:
+            new = new.to(self._away.device)
+            old = new if old is None else old.add_(new)
+        self.parameter.grad = old
+        _account(self.parameter)
 
     def stay(self) -> None:
-        """Stay on the device from now on."""
+        """Go back to the device that it came from, for good; at home if there is no room."""
         self.go()
-        if self.home is not None and not self.strayed:
+        if self.home is not None and self.is_at_home:
+            grad = self.parameter.grad
+            data = self.home.leave(self.origin).as_strided(self.parameter.shape, self.parameter.stride())
             lives(self.home.flat, "device")
-            data, grad = self.home.restored(self.device), self.parameter.grad
-            if data is not None:
-                self._become(data.as_strided(self.parameter.shape, self.parameter.stride()))
+            if grad is not None:
+                self.parameter.grad = None
+            self._become(data)
             if grad is not None:
                 lives(grad, "device")
-                if grad.device != self.device:
-                    self.parameter.grad = None
-                    self.parameter.grad = grad.to(self.device)
-        self.forget()
-
-    def forget(self) -> None:
-        """Leave the parameter as it is."""
+                self.parameter.grad = grad.to(self.origin)
         while self._hooks:
             self._hooks.pop().remove()
-        self.home = self.near = None
+        self.home = self._away = None
 
     def _become(self, data: Tensor) -> None:
         with torch.no_grad(), torch.inference_mode(False):
             self.parameter.data = data
 
 
+def _same_place(data: Tensor, away: Tensor, home: Tensor) -> bool:
+    """Whether a tensor is the same view of the same memory as another, which still is that of the home."""
+    if (data.dtype, data.shape, data.stride(), data.device) != (away.dtype, away.shape, away.stride(), away.device):
+        return False
+    if isinstance(data, FakeTensor):
+        return storage_of(data) == storage_of(away) and data.storage_offset() == away.storage_offset()
+    return data.data_ptr() == away.data_ptr() == home.data_ptr()
+
+
 def flat(tensor: Tensor) -> Tensor:
     """The memory of a dense tensor, in order."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
-
-
-def _to_host(grad: Tensor) -> Tensor:
-    return grad.to("cpu")
+    return tensor.detach().as_strided((tensor.numel(),), (1,), int(tensor.storage_offset()))
 
 
 def _account(parameter: Tensor) -> None:
@@ -269,10 +330,10 @@ def find_homes(weights: Sequence[Weight], mover: Mover, folder: str | Path | Non
         return
     for weight in weights:
         data = weight.parameter.data
+        if data.device.type == "cuda":  # moved there by the user
+            weight.device = weight.origin = data.device
         if weight.device.type == "cpu":
-            home = Home(flat(data))
-            home.tier = mover.to  # of a fake one, which no file has
-            weight.settle(home)
+            weight.settle(Home(flat(data), mover.to))  # a fake one has no file
         else:
             weight.settle(HostHome(data, mover))
 
@@ -282,6 +343,9 @@ def _move_to_files(weights: Sequence[Weight], mover: Mover, folder: str | Path |
     sizes = [0 if place else -(-w.bytes // ALIGNMENT) * ALIGNMENT for w, place in zip(weights, found, strict=True)]
     ours = MappedFile.new(sum(sizes), folder) if any(sizes) else None
     start = 0
+    for weight in weights:
+        if weight.parameter.device.type == "cuda":
+            weight.device = weight.origin = weight.parameter.device
     for weight, place, size in zip(weights, found, sizes, strict=True):
         data = weight.parameter.data
         if place is not None:  # there already

@@ -71,9 +71,8 @@ def load_swapped(
     if not isinstance(model, nn.Module):
         raise InputError(f"load_swapped needs a function that makes a torch.nn.Module, not a {type(model).__name__}")
     _fill(model, stored, str(path))
-    model.eval()
-    handle = apply(model, [swap, *passes])
-    return handle
+    _into_memory(model.eval(), swap.swapped(model))
+    return apply(model, [swap, *passes])
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -83,18 +82,18 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         InputError: it is not such a file.
     """
     path = Path(path)
-    if path.name.endswith(".index.json"):
-        try:
-            names: dict[str, str] = json.loads(path.read_text())["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is not the index of safetensors files: {error}") from None
-        if any(Path(name).name != name for name in names.values()):
-            raise InputError(f"{path} names files outside its folder")
-        found: dict[str, Tensor] = {}
-        for name in sorted(set(names.values())):
-            found.update(_read(path.parent / name))
-        return found
-    return _read(path)
+    if not path.name.endswith(".index.json"):
+        return _read(path)
+    try:
+        names = set(json.loads(path.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is not the index of safetensors files: {error}") from None
+    if any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise InputError(f"{path} names files outside its folder")
+    found: dict[str, Tensor] = {}
+    for name in sorted(names):
+        found.update(_read(path.parent / name))
+    return found
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -107,56 +106,83 @@ def _read(path: Path) -> dict[str, Tensor]:
             raise ValueError("its header is longer than the file")
         text = bytearray(size)
         file.fill(8, text)
-        header = json.loads(bytes(text))
-        return {name: _tensor(file, 8 + size, **entry) for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError, MemoptError) as error:
+        header = json.loads(bytes(text), object_pairs_hook=_unique)
+        header.pop("__metadata__", None)
+        parts = {name: _part(**entry) for name, entry in header.items()}
+        end = 0
+        for _, _, start, stop in sorted(parts.values(), key=lambda part: part[2:]):
+            if start != end:
+                raise ValueError(f"its tensors do not lie one after another at byte {end}")
+            end = stop
+        if end != file.bytes - 8 - size:
+            raise ValueError(f"its tensors end at byte {end} of {file.bytes - 8 - size}")
+        return {
+            name: file.tensor(kind, 8 + size + start, shape.numel()).view(shape) if stop > start else torch.empty(shape)
+            for name, (kind, shape, start, stop) in parts.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError, MemoptError) as error:
         raise InputError(f"{path} is not a safetensors file: {error}") from None
 
 
-def _tensor(file: MappedFile, base: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
-    kind, (start, stop) = _DTYPES[dtype], data_offsets
-    numel = torch.Size(shape).numel()
-    if not 0 <= start <= stop <= file.bytes - base or stop - start != numel * kind.itemsize:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands in its header twice")
+    return dict(pairs)
+
+
+def _part(dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[torch.dtype, torch.Size, int, int]:
+    """Type, shape and bytes of a tensor."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"torch has no type for {dtype}")
+    kind, size, (start, stop) = _DTYPES[dtype], torch.Size(shape), data_offsets
+    if any(n < 0 for n in size) or start < 0 or stop - start != size.numel() * kind.itemsize:
         raise ValueError(f"a tensor of shape {shape} cannot lie in bytes {start} to {stop}")
-    if not numel:
-        return torch.empty(shape, dtype=kind)
-    return file.tensor(kind, base + start, numel).view(shape)
+    return kind, size, start, stop
 
 
 def _fill(model: nn.Module, stored: Mapping[str, Tensor], path: str) -> None:
     """Give the model's parameters and buffers what the file has; ties of parameters stay."""
-    tied: dict[int, nn.Parameter] = {}
-    missing, places = [], []
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(parameter.untyped_storage()._cdata, []).append(name)
+    missing, places = [], []
     for names in groups.values():
-        given = next((name for name in names if name in stored), None)
-        if given is None:
+        given = [name for name in names if name in stored]
+        if not given:
             missing.append(names[0])
+        elif any(not torch.equal(stored[name], stored[given[0]]) for name in given[1:]):
+            raise InputError(f"{path} has different values for {' and '.join(given)}, which are one in the model")
         else:
-            places += [(name, given) for name in names]
+            places.append((names, given[0]))
     buffers = dict(model.named_buffers())
     persistent = set(model.state_dict(keep_vars=True))
     missing += [name for name in buffers if name in persistent and name not in stored]
-    unknown = set(stored) - {name for name, _ in places} - set(buffers)
-    wrong = [("has no", missing), ("has unknown", sorted(unknown))]
-    for verb, names in wrong:
+    unknown = set(stored) - {name for names, _ in places for name in names} - set(buffers)
+    for verb, names in (("has no", missing), ("has unknown", sorted(unknown))):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise InputError(f"{path} {verb} {', '.join(names[:5])}{more}: it is not of this {type(model).__name__}")
-    for name, given in [*places, *((name, name) for name in buffers if name in stored)]:
-        owner, _, last = name.rpartition(".")
-        module, value = model.get_submodule(owner), stored[given]
-        old = getattr(module, last)
-        if old.shape != value.shape or old.dtype != value.dtype:
-            raise InputError(
-                f"{name} is {list(value.shape)} {value.dtype} in {path}, and {list(old.shape)} {old.dtype} in "
-                f"{type(model).__name__}"
-            )
-        if name in buffers:
-            module._buffers[last] = value.clone()
-        else:
-            key = value.data_ptr() if value.numel() else id(value)
-            made = tied.setdefault(key, nn.Parameter(value, requires_grad=old.requires_grad))
-            module._parameters[last] = made
+    for names, first in [*places, *(([name], name) for name in buffers if name in stored)]:
+        value = stored[first]
+        made: Any = value.clone() if names[0] in buffers else None
+        for name in names:
+            owner, _, last = name.rpartition(".")
+            module = model.get_submodule(owner)
+            old: Tensor = getattr(module, last)
+            if old.shape != value.shape or old.dtype != value.dtype:
+                raise InputError(
+                    f"{name} is {list(value.shape)} {value.dtype} in {path}, and {list(old.shape)} {old.dtype} in "
+                    f"{type(model).__name__}"
+                )
+            if name in buffers:
+                module._buffers[last] = made
+            else:
+                made = made if made is not None else nn.Parameter(value, requires_grad=old.requires_grad)
+                module._parameters[last] = made
+
+
+def _into_memory(model: nn.Module, swapped: set[int]) -> None:
+    """Copy the parameters that are in no block: nobody would bring them in."""
+    for parameter in model.parameters():
+        if id(parameter) not in swapped and MappedFile.of(parameter.data) is not None:
+            parameter.data = parameter.data.clone()

@@ -108,10 +108,8 @@ class MappedFile(mmap.mmap):
         Raises:
             MemoptError: the file is not as it was when it was mapped.
         """
+        self.check()
         view = memoryview(data).cast("B")
-        state = os.fstat(self._descriptor)
-        if self.private and (state.st_size, state.st_mtime_ns) != (self.bytes, self._changed):
-            raise MemoptError(f"{self.name} was changed while weights in it were in use")
         read = 0
         while read < len(view):
             count = os.preadv(self._descriptor, [view[read:]], start + read)
@@ -119,8 +117,39 @@ class MappedFile(mmap.mmap):
                 raise MemoptError(f"{self.name} ended before byte {start + len(view):,}")
             read += count
 
+    def holds(self, tensor: Tensor, start: int) -> bool:
+        """Whether a tensor is the part of the file from byte ``start`` on."""
+        return tensor.data_ptr() == self._address + start
+
+    def check(self) -> None:
+        """Raise if a user's file is not as it was when it was mapped: looking at pages that are no more ends a process.
+
+        Raises:
+            MemoptError: it was changed.
+        """
+        state = os.fstat(self._descriptor)
+        if self.private and (state.st_size, state.st_mtime_ns) != (self.bytes, self._changed):
+            raise MemoptError(f"{self.name} was changed while weights in it were in use")
+
+    def written(self, start: int, size: int) -> bool:
+        """Whether somebody may have written to tensors over a part of the file, so that it is not what they hold."""
+        if not self.private:
+            return False  # then it is
+        page = mmap.PAGESIZE
+        first, last = (self._address + start) // page, (self._address + start + size - 1) // page
+        try:
+            with open("/proc/self/pagemap", "rb", buffering=0) as file:
+                file.seek(8 * first)
+                entries = file.read(8 * (last - first + 1))
+        except OSError:
+            return True
+        pages = torch.frombuffer(bytearray(entries), dtype=torch.int64)
+        # Bits of Linux' pagemap: 63, there; 62, swapped out; 61, still a page of the file.
+        own = ((pages < 0) | ((pages >> 62) & 1 == 1)) & ((pages >> 61) & 1 == 0)
+        return len(pages) < last - first + 1 or bool(own.any())
+
     def leave(self) -> None:
-        """Let the system have the pages that were looked at; a private file's may be changed, and stay."""
+        """Let the system have the pages that were looked at; a private file's may have been written to, and stay."""
         if not self.private and hasattr(mmap, "MADV_DONTNEED"):
             self.madvise(mmap.MADV_DONTNEED)
 
@@ -129,7 +158,10 @@ class MappedFile(mmap.mmap):
         """The file that a tensor is a part of, and the byte where it starts there."""
         if tensor.device.type != "cpu" or type(tensor) not in (Tensor, torch.nn.Parameter):
             return None
-        address = tensor.data_ptr()
+        try:
+            address = tensor.data_ptr()
+        except RuntimeError:  # functorch's
+            return None
         for file in list(_FILES):
             if file._address <= address < file._address + file.bytes:
                 return file, address - file._address

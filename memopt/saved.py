@@ -7,12 +7,26 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from memopt.tensors import version_of
 
 Pack = Callable[[Tensor], Any]
 Unpack = Callable[[Any], Tensor]
 Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+_FOR_NOW = WeakIdKeyDictionary()
+
+
+def hold_for_now(tensor: Tensor) -> None:
+    """Tell that a pass holds a tensor in this call until backward, and will not in later ones."""
+    _FOR_NOW[tensor] = True
+
+
+def is_held_for_now(tensor: Tensor) -> bool:
+    """Whether a pass does."""
+    return tensor in _FOR_NOW
 
 
 class Stays:
@@ -69,5 +83,6 @@ def in_checkpoint() -> bool:
 
 
 def hooks_allowed() -> bool:
-    """Whether hooks can be put on here: not in transforms of torch.func."""
-    return torch._C._functorch.peek_interpreter_stack() is None
+    """Whether hooks can be put on here: not in transforms of torch.func, nor where somebody has forbidden them."""
+    allowed: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    return allowed and torch._C._functorch.peek_interpreter_stack() is None

@@ -14,11 +14,14 @@ next units are fetched ahead; the first backward is expected to be the forward r
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 import threading
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,10 +29,38 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from memopt.homes import Arrival, Reader, Weight, find_homes
 from memopt.saved import Passed, Stays, check_version, hooks_allowed, hooks_in_force
-from memopt.tensors import storage_of, version_of
+from memopt.tensors import is_memory, storage_of, version_of
 from memopt.transfer import Mover
 
 Phase = Literal["forward", "backward"]
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _uncompiled(method: Method) -> Method:
+    """Have torch.compile leave a method alone, without importing the compiler where nobody uses it."""
+    disabled = torch._disable_dynamo(method)  # type: ignore[attr-defined]
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (disabled if "torch._dynamo" in sys.modules else method)(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _outside_transforms() -> Iterator[None]:
+    """Parameters are given data outside of torch.func's transforms, which would wrap these."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        yield
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+Spare = dict[tuple[int, torch.dtype], list[Tensor]]
+"""Memory of copies that were dropped, by their size and type."""
 
 
 class Unit:
@@ -39,12 +70,10 @@ class Unit:
 
     def __init__(self, weights: list[Weight]) -> None:
         self.weights = weights
-        self.running = 0
-        """Calls of the module that have begun and not ended."""
         self.held = False
-        """Read from outside, by somebody who may use what he has read until the model's forward is over."""
+        """Read from outside, by somebody who may use what he has read for a while."""
         self.loaded = False
-        self._coming: list[Arrival] | None = None
+        self._coming: list[Arrival | None] | None = None
 
     @property
     def bytes(self) -> int:
@@ -56,35 +85,39 @@ class Unit:
         """Whether it was fetched and has not been used."""
         return self._coming is not None
 
-    def fetch(self) -> None:
-        """Begin to bring the weights in."""
+    def fetch(self, spare: Spare) -> None:
+        """Begin to bring the weights in; what cannot be used of the memory to spare goes before more is taken."""
         if not self.loaded and self._coming is None:
-            self._coming = []
-            for weight in self.weights:
-                self._coming.append(weight.begin())
+            found = [free.pop() if (free := spare.get(weight.size)) else None for weight in self.weights]
+            spare.clear()
+            self._coming = [weight.begin(one) for weight, one in zip(self.weights, found, strict=True)]
 
-    def arrive(self) -> None:
+    def arrive(self, spare: Spare) -> None:
         """Bring the weights in and use them."""
         try:
-            self.fetch()
+            self.fetch(spare)
             coming, self._coming = self._coming or [], None
-            nears = [wait() for wait in coming]
+            nears = [wait() if wait is not None else None for wait in coming]
             self.loaded = True
             for weight, near in zip(self.weights, nears, strict=True):
-                weight.come(near)
+                if near is not None:
+                    weight.come(near)
         except BaseException:
-            self.go()
+            self.go({})
             raise
 
-    def go(self) -> None:
-        """Let the weights go, also those on their way."""
+    def go(self, spare: Spare) -> None:
+        """Let the weights go, also those on their way; their memory is to spare."""
         coming, self._coming = self._coming or [], None
         for wait in coming:
             with contextlib.suppress(Exception):  # nobody wants them
-                wait()
+                if wait is not None:
+                    wait()
         self.loaded = self.held = False
         for weight in self.weights:
-            weight.go()
+            size, free = weight.size, weight.go()
+            if free is not None:
+                spare.setdefault(size, []).append(free)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of the model makes its own when it is called."""
@@ -95,7 +128,7 @@ class Swapper:
     """Brings the units of one model in and lets them go.
 
     Args:
-        units: lists of weights.
+        units: by the paths of their modules.
         mover: for host memory and streams; its tier is where the weights live.
         folder: for files.
         resident: how many units stay, the one in use among them.
@@ -105,18 +138,23 @@ class Swapper:
 
     def __init__(
         self,
-        units: Sequence[Unit],
+        units: Mapping[str, Unit],
         mover: Mover,
         folder: str | Path | None,
         resident: int,
         prefetch: int,
         counts: Counter[str],
     ) -> None:
-        self.units, self.mover, self.counts = list(units), mover, counts
+        self.paths, self.units, self.mover, self.counts = dict(units), list(units.values()), mover, counts
+        for unit in self.units:
+            unit.swapper = self
         self.resident, self.prefetch = resident, prefetch
         self._folder, self._reader = folder, Reader()
         self._lock = threading.RLock()
-        self._depth = 0  # calls of the model or of units that have begun and not ended
+        self._calls: dict[
+            object, tuple[Unit | None, int]
+        ] = {}  # that have begun and not ended: of what, in which thread
+        self._spare: Spare = {}
         self._loaded: list[Unit] = []  # the last used last
         self._learned: dict[Phase, list[Unit]] = {"forward": [], "backward": []}
         self._order: dict[Phase, list[Unit]] = {"forward": [], "backward": []}
@@ -126,81 +164,117 @@ class Swapper:
 
     def settle(self) -> None:
         """Find homes for the weights that have none, or have got other data since."""
-        strays = [weight for unit in self.units for weight in unit.weights if weight.strayed]
+        weights = [weight for unit in self.units for weight in unit.weights]
+        self._find_homes([weight for weight in weights if weight.strays])
+
+    def _find_homes(self, strays: list[Weight]) -> None:
         if strays:
             find_homes(strays, self.mover, self._folder, self._reader)
 
+    @_uncompiled
     def remove(self) -> None:
-        """Put all weights back on the device for good."""
+        """Put all weights back on the device they came from, for good."""
         with self._lock:
             self._let_all_go()
-            for unit in self.units:
-                for weight in unit.weights:
+            kept = 0
+            for weight in [weight for unit in self.units for weight in unit.weights]:
+                try:
                     weight.stay()
+                except (RuntimeError, MemoryError):  # the journal of what is undone must go on
+                    kept += 1
             self._reader.close()
             self.units = []
+            if kept:
+                warnings.warn(f"{kept} weights stay off the device: there is no room for them", stacklevel=2)
 
     # --- forward and backward ------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def call(self, unit: Unit | None = None) -> Iterator[None]:
         """Around a call of the model, or of one unit's module, whose weights are there meanwhile."""
-        with self._lock:
-            if self._depth == 0 and _phase() == "forward":
-                self._tasks.clear()  # of a backward that failed
-                self._let_all_go()
-                self.settle()
-            self._depth += 1
-            if unit is not None:
-                unit.running += 1
+        token = object()
         try:
-            if unit is not None:
-                self.use(unit)
+            self._begin(token, unit)
             with self._hooks(), _without_cast_weights():
                 yield
         finally:
-            with self._lock:
-                self._depth -= 1
-                if unit is not None:
-                    unit.running -= 1
-                if self._depth == 0 and _phase() == "forward":
-                    self._end("forward")
+            self._done(token, unit)
 
+    @_uncompiled
+    def _begin(self, token: object, unit: Unit | None) -> None:
+        with self._lock, _outside_transforms():
+            if not self._calls and _phase() == "forward":
+                self._tasks.clear()  # of a backward that failed
+                self._let_all_go()
+                self.settle()
+                for home in {id(w.home): w.home for u in self.units for w in u.weights if w.home is not None}.values():
+                    home.check()
+            self._calls[token] = unit, threading.get_ident()
+            if unit is not None:
+                self.use(unit)
+
+    @_uncompiled
+    def _done(self, token: object, unit: Unit | None) -> None:
+        with self._lock, _outside_transforms():
+            self._calls.pop(token, None)
+            if not self._calls and _phase() == "forward":
+                if unit is not None:  # called by itself: that says nothing about the order
+                    self._order["forward"] = []
+                self._end("forward")
+
+    def _runs(self, unit: Unit, thread: int | None = None) -> bool:
+        return any(one is unit and thread in (None, ident) for one, ident in self._calls.values())
+
+    @_uncompiled
     def read(self, unit: Unit) -> None:
         """Somebody looks at a weight."""
-        if unit.running:
-            return
-        if _phase() == "backward":
-            self.use(unit)
-        elif self._depth:
-            self.use(unit)
-            if not unit.held:
-                unit.held = True
-                self.counts["blocks kept because others read their weights"] += 1
+        backward = _phase() == "backward"
+        with self._lock, _outside_transforms():
+            if not backward and not self._calls:
+                if self._loaded:  # since a backward that failed
+                    self._let_all_go()
+            elif not self._runs(unit, threading.get_ident()):
+                self.use(unit, hold=True)
 
-    def use(self, unit: Unit) -> None:
-        """Have a unit's weights on the device, and the next ones on their way."""
-        with self._lock:
-            if unit.loaded and self._loaded[-1] is unit:
-                return
+    @_uncompiled
+    def use(self, unit: Unit, hold: bool = False) -> None:
+        """Have a unit's weights on the device, and the next ones on their way.
+
+        Args:
+            hold: they stay until the model's forward is over; in backward, until another unit's are used.
+        """
+        with self._lock, _outside_transforms():
             phase = _phase()
-            if phase == "backward":
-                self._until_backward_ends()
-            expected = self._note(unit, phase)
-            for other in self.units:
-                if other.coming and other is not unit and other not in expected:
-                    other.go()
-            if unit.loaded:
-                self._loaded.remove(unit)
-            else:
-                self._make_room()
-                unit.arrive()
-                self.counts["blocks brought in"] += 1
-                self.counts["bytes brought in"] += unit.bytes
-                self._near.update({storage_of(w.near): (unit, w) for w in unit.weights if w.near is not None})
-            self._loaded.append(unit)
-            for other in expected:
-                other.fetch()
+            if hold and not unit.held:
+                if phase == "forward":
+                    self.counts["blocks kept because others read their weights"] += 1
+            elif phase == "backward" and not hold:
+                for other in self._loaded:
+                    other.held = False
+            if not (unit.loaded and self._loaded[-1] is unit):
+                self._bring(unit, phase)
+            unit.held |= hold
+
+    def _bring(self, unit: Unit, phase: Phase) -> None:
+        if phase == "backward":
+            self._until_backward_ends()
+        expected = self._note(unit, phase)
+        for other in self.units:
+            if other.coming and other is not unit and other not in expected:
+                other.go(self._spare)
+        if unit.loaded:
+            self._loaded.remove(unit)
+        else:
+            self._make_room()
+            self._find_homes([weight for weight in unit.weights if weight.strays])
+            unit.arrive(self._spare)
+            self.counts["blocks brought in"] += 1
+            self.counts["bytes brought in"] += unit.bytes
+            self._near.update({storage_of(w.near): (unit, w) for w in unit.weights if w.near is not None})
+        self._loaded.append(unit)
+        for other in expected:
+            with contextlib.suppress(Exception):  # it will be said when it is used
+                other.fetch(self._spare)
 
     def _note(self, unit: Unit, phase: Phase) -> list[Unit]:
         """Remember that a unit is used; which are expected next."""
@@ -216,7 +290,7 @@ class Swapper:
         return expected
 
     def _make_room(self) -> None:
-        free = [unit for unit in self._loaded if not unit.running and not unit.held]
+        free = [unit for unit in self._loaded if not self._runs(unit) and not unit.held]
         for unit in free[: max(0, len(self._loaded) - self.resident + 1)]:
             self._let_go(unit)
 
@@ -226,15 +300,20 @@ class Swapper:
         for weight in unit.weights:
             if weight.near is not None:
                 self._near.pop(storage_of(weight.near), None)
-        unit.go()
+        unit.go(self._spare)
 
     def _let_all_go(self) -> None:
         for unit in self.units:
-            if (unit.loaded or unit.coming) and not unit.running:
+            if (unit.loaded or unit.coming) and not self._runs(unit):
                 self._let_go(unit)
 
     def _end(self, phase: Phase) -> None:
         self._let_all_go()
+        self._spare.clear()
+        for unit in self.units:  # from now on anybody may write to the homes
+            for weight in unit.weights:
+                if weight.home is not None:
+                    weight.home.wait()
         if self._order[phase]:
             self._learned[phase] = self._order[phase]
             if phase == "forward" and not self._learned["backward"]:
@@ -250,7 +329,7 @@ class Swapper:
         self._tasks.add(task)
 
         def ended() -> None:
-            with self._lock:
+            with self._lock, _outside_transforms():
                 self._tasks.discard(task)
                 self._end("backward")
 
@@ -270,7 +349,7 @@ class Swapper:
     def note_of(self, tensor: Tensor) -> Any:
         """What stands for a view of a weight until backward; None for any other tensor."""
         found = self._near.get(storage_of(tensor))
-        if found is None or found[1].near is None or tensor.dtype != found[1].near.dtype:
+        if found is None or found[1].near is None or tensor.dtype != found[1].near.dtype or not is_memory(tensor):
             return None
         return _Noted(self, *found, tensor)
 

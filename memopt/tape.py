@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memopt.saved import Pack, Passed, Stays, Unpack, hooks_in_force
-from memopt.tensors import PLAIN, version_of
+from memopt.tensors import is_memory, version_of
 from memopt.transfer import Mover, Parked
 
 
@@ -85,6 +85,11 @@ class Tape:
     def _stays(self, tensor: Tensor) -> Any:
         return Passed(self.outer, tensor) if self.outer is not None else Stays(tensor)
 
+    def keeps(self, tensor: Tensor) -> int:
+        """How many objects of autograd's keep a tensor's memory that would let go of it."""
+        kept = self._kept.get(tensor.untyped_storage()._cdata, ())
+        return sum(1 for ref in kept if (one := ref()) is not None and one.stays)
+
     def adopt(self, tensor: Tensor, away: Away) -> None:
         """Remember that a tensor holds what is away, as it came back."""
         place = self._place(tensor)
@@ -93,9 +98,7 @@ class Tape:
 
     def _place(self, tensor: Tensor) -> tuple[int, int] | None:
         """Which elements of its storage would move with a tensor; None if it has to stay."""
-        if type(tensor) not in PLAIN or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
-            return None
-        if tensor.device.type == "meta" or tensor.is_conj() or tensor.is_neg() or tensor.numel() == 0:
+        if not is_memory(tensor):
             return None
         storage = tensor.untyped_storage()
         size, start = tensor.itemsize, int(tensor.storage_offset())
@@ -152,6 +155,11 @@ class Kept(Stays):
     def __init__(self, tensor: Tensor) -> None:
         super().__init__(tensor)
         self._saved: Saved | None = None
+
+    @property
+    def stays(self) -> bool:
+        """Whether it still keeps the tensor."""
+        return self._saved is None
 
     def leave(self, tape: Tape) -> None:
         """Keep what is away in its place."""

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 PLAIN = (Tensor, nn.Parameter, FakeTensor)
 """Types of tensors without a behaviour of their own."""
+
+
+def is_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but a view of plain memory: what can be copied byte by byte, and made again."""
+    if type(tensor) not in PLAIN or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        return False
+    return tensor.device.type != "meta" and not tensor.is_conj() and not tensor.is_neg() and tensor.numel() > 0
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -167,11 +167,55 @@ def test_other_files_are_refused(tmp_path):
         memopt.load_swapped(lambda: nn.Linear(2, 2), one)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"table.weight": {"data_offsets": [0, 256]}}, "do not lie one after another"),
+        ({"table.weight": {"dtype": "U16"}}, "torch has no type for U16"),
+        ({"table.weight": {"shape": [-1, -64]}}, "cannot lie in bytes"),
+        ({"table.weight": {"shape": "many"}}, "is not a safetensors file"),
+        ({"table.weight": None}, "is not a safetensors file"),
+    ],
+)
+def test_headers_that_lie(tmp_path, changes, message):
+    path = save(build(), tmp_path / "model.safetensors")
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    for name, change in changes.items():
+        header[name] = header[name] | change if change else change
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+    with pytest.raises(InputError, match=message):
+        memopt.load_swapped(Net, path)
+    text = b'{"a":' * 100_000
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(InputError, match="is not a safetensors file"):
+        memopt.load_swapped(Net, path)
+    entry = b'"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    text = b"{" + entry + b"," + entry + b"}"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(InputError, match="a name stands in its header twice"):
+        memopt.load_swapped(Net, path)
+
+
+def test_tied_weights_that_differ_in_the_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({name: value.clone() for name, value in build().state_dict().items()}, path)
+    assert torch.equal(memopt.load_swapped(Net, path).model(x()), build()(x()))
+    save_file(build().state_dict() | {"head.weight": torch.zeros(8, 8)}, path)
+    with pytest.raises(InputError, match=r"has different values for table.weight and head.weight, which are one"):
+        memopt.load_swapped(Net, path)
+
+
 def test_a_file_that_changes_is_told_and_one_that_goes_stays(tmp_path):
     plain, path = build(), tmp_path / "model.safetensors"
     model = memopt.load_swapped(Net, save(plain, path)).model
     expected = model(x())
     os.utime(path, ns=(1, 1))
+    with pytest.raises(MemoptError, match=f"{path} was changed while weights in it were in use"):
+        model(x())
+    os.truncate(path, 100)
     with pytest.raises(MemoptError, match=f"{path} was changed while weights in it were in use"):
         model(x())
     model = memopt.load_swapped(Net, save(plain, path)).model

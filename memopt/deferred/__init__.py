@@ -21,9 +21,11 @@ torch.export, which see only the operations that are left.
 from memopt.deferred.attention import Attentions, Logits, Weights
 from memopt.deferred.following import entered, followed, watched
 from memopt.deferred.product import Joined, Line, Product, Products
-from memopt.deferred.value import Deferred, counting, made
+from memopt.deferred.standin import StandIn, made
+from memopt.deferred.value import HOOKING, Deferred, counting
 
 __all__ = [
+    "HOOKING",
     "Attentions",
     "Deferred",
     "Joined",
@@ -31,6 +33,7 @@ __all__ = [
     "Logits",
     "Product",
     "Products",
+    "StandIn",
     "Weights",
     "counting",
     "entered",

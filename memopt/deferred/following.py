@@ -17,16 +17,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 
+from memopt.deferred.standin import StandIn, apply, made, roots, tensors_in, work
 from memopt.deferred.value import (
     Chain,
-    Deferred,
     Tell,
-    apply,
-    made,
-    roots,
     saving_hooks,
-    tensors_in,
-    work,
 )
 from memopt.tensors import PLAIN, storage_of
 
@@ -55,7 +50,7 @@ class Following(TorchFunctionMode):
         kwargs = kwargs or {}
         if _writes(func, args, kwargs):
             self._settle([*args[:1], kwargs.get("out")])
-        if any(isinstance(arg, Deferred) for arg in args):  # what func itself would do, but torch.compile cannot
+        if any(isinstance(arg, StandIn) for arg in args):  # what func itself would do, but torch.compile cannot
             return apply(func, args, kwargs)
         return self.begin(func, args, kwargs)
 

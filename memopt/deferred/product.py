@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memopt.deferred.following import Following
+from memopt.deferred.standin import apply, work
 from memopt.deferred.value import (
     CASTS,
     MATMUL,
     Chain,
     Deferred,
     Tell,
-    apply,
     autocast_dtype,
     cast_of,
     is_number,
@@ -25,7 +25,6 @@ from memopt.deferred.value import (
     parse,
     parse_from,
     rule,
-    work,
 )
 from memopt.tensors import PLAIN
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 import inspect
-import math
 import re
-import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,25 +15,21 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from memopt.deferred.standin import StandIn, among, leaves, tensors_in, work
 from memopt.errors import MemoptError
 from memopt.tensors import storage_of, version_of
 
 Tell = Callable[[str], None]
 _EQUATION = re.compile(r"([A-Za-z]+),([A-Za-z]+)->([A-Za-z]+)")
-_HOOKING = re.compile(r"register_\w*hook|retain_grad")
-_MARKING = re.compile(r"(?!__).*_|__i(?!nvert|nt|ndex|ter)\w+__|__(set|del)item__|register_\w*hook|retain_grad")
-"""Functions after which a tensor is not what it was: those in place, and those that hang something on it."""
+HOOKING = re.compile(r"register_\w*hook|retain_grad")
 _CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 _FLOATS = tuple(_CASTS.values())
 MATMUL = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 CASTS = ("to", "type", "type_as", *_CASTS)
 
 
-class Deferred:
-    """Stands for the result of ``func(*args, **kwargs)``.
-
-    It has the attributes, methods and operators of a tensor, yet is none for ``isinstance``: torch's own C++ code asks
-    that, and would take it for memory.
+class Deferred(StandIn):
+    """Stands for the result of ``func(*args, **kwargs)``, which is not computed yet.
 
     Args:
         shape, like: the shape, and a tensor of the type and on the device, of what it stands for.
@@ -47,9 +39,6 @@ class Deferred:
 
     noun = ""
     """What it is to a reader; empty if making it after all is not worth a word."""
-    rules: dict[Any, tuple[Callable[..., Any], frozenset[str] | None]] = {}
-    """What it makes of functions that it is given to, which may be NotImplemented, and the keywords each rule takes."""
-    __array_priority__ = Tensor.__array_priority__
 
     def __init__(self, shape: Sequence[int], like: Tensor, call: tuple[Any, ...], chain: Chain) -> None:
         self.shape = torch.Size(shape)
@@ -64,11 +53,11 @@ class Deferred:
 
     def _tensors(self) -> list[Tensor]:
         """The tensors that the call was given."""
-        return [value for value in _leaves(self.call) if isinstance(value, Tensor)]
+        return [value for value in leaves(self.call) if isinstance(value, Tensor)]
 
     def _origins(self) -> list[Deferred]:
         """The deferred values that the call was given."""
-        return list(_among(self.call))
+        return [value for value in among(self.call) if isinstance(value, Deferred)]
 
     def make(self, why: str) -> Tensor:
         """The tensor itself, because of an operation that knows no better."""
@@ -139,7 +128,7 @@ class Deferred:
     def mark(self, why: str) -> Tensor:
         """The tensor itself, which is used from now on, also by values that began with this one."""
         self.chain.settle(lambda value: value.depends_on(self), why)
-        if self.consumed and self.requires_grad and _HOOKING.fullmatch(why):
+        if self.consumed and self.requires_grad and HOOKING.fullmatch(why):
             raise MemoptError(
                 f"{why} comes too late for {self.noun or 'a product'} that was used without being made: leave out the "
                 "pass that defers it"
@@ -165,97 +154,12 @@ class Deferred:
             value.consume()
 
     @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def dim(self) -> int:
-        return len(self.shape)
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    @property
     def requires_grad(self) -> bool:
-        return self._modes[0] and any(value.requires_grad for value in _leaves(self.call))
+        return self._modes[0] and any(value.requires_grad for value in leaves(self.call))
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
         self.mark("requires_grad").requires_grad = value
-
-    @property
-    def data(self) -> Tensor:
-        return self.mark("data").data
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        self.mark("data").data = value
-
-    @property
-    def mT(self) -> Any:
-        return apply(Tensor.transpose, (self, -2, -1), {})
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(Tensor, name)  # AttributeError as for a tensor
-        if callable(method):
-            return lambda *args, **kwargs: apply(method, (self, *args), kwargs)
-        return getattr(self.make(name), name)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return apply(func, args, kwargs or {})
-
-
-_OPERATORS = """
-abs neg pos invert bool int float complex index iter reversed contains repr format array getitem setitem delitem
-lt le eq ne ge gt add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv floordiv rfloordiv ifloordiv
-mod rmod imod pow rpow ipow matmul rmatmul and rand iand or ror ior xor rxor ixor lshift rlshift ilshift
-rshift rrshift irshift reduce_ex
-"""
-_METHODS = {"mul": Tensor.mul, "rmul": Tensor.mul, "truediv": Tensor.div, "matmul": Tensor.matmul}
-"""Operators by the names under which rules know them."""
-
-
-def _operator(name: str) -> Callable[..., Any]:
-    method = _METHODS.get(name) or getattr(Tensor, f"__{name}__")
-    if name == "rmatmul":
-        return lambda self, other: apply(Tensor.matmul, (other, self), {})
-    return lambda self, *args, **kwargs: apply(method, (self, *args), kwargs)
-
-
-for _name in _OPERATORS.split():  # Python looks for these in the class, not by __getattr__
-    setattr(Deferred, f"__{_name}__", _operator(_name))
-
-
-def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a function of torch with deferred values among its arguments: by a rule, else with tensors."""
-    if func is Tensor.__rmatmul__:
-        func, args = Tensor.matmul, args[::-1]
-    values = list(_among(args))
-    if all([value.ruled for value in values]):
-        for value in values:
-            rule, names = type(value).rules.get(func, (None, None))
-            if rule is not None and (names is None or kwargs.keys() <= names):
-                working = work()
-                working.append((type(value), "followed"))
-                try:
-                    result = rule(func, *args, **kwargs)
-                finally:
-                    working.pop()
-                if result is not NotImplemented:
-                    if isinstance(result, Tensor):
-                        for used in values:
-                            used.consume()
-                    return result
-    name = getattr(func, "__name__", str(func))
-    if args and isinstance(args[0], Deferred) and _MARKING.fullmatch(name):
-        args[0].mark(name)
-    return func(*tensors_in(args, name), **tensors_in(kwargs, name))
 
 
 class Chain:
@@ -275,27 +179,6 @@ class Chain:
             if value is not None and not value.marked and concerned(value):
                 value.make(why)
                 value.marked = True
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.work: list[Any] = []
-        self.roots: list[Any] = []
-
-
-_thread = _Thread()
-_compiled_work: list[Any] = []
-_compiled_roots: list[Any] = []
-
-
-def work() -> list[Any]:
-    """What this thread is making or following by a rule; while it is, no chain begins."""
-    return _compiled_work if torch.compiler.is_compiling() else _thread.work
-
-
-def roots() -> list[Any]:
-    """The models whose forward this thread is in, that make tensors of all that leaves them."""
-    return _compiled_roots if torch.compiler.is_compiling() else _thread.roots
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -330,57 +213,6 @@ def autocast_dtype(like: Tensor) -> torch.dtype:
     """The type that a product of matrices like this has."""
     _, autocast, dtype = _modes(like.device)
     return like.dtype if not autocast or dtype is None or like.dtype == torch.float64 else dtype
-
-
-def _among(values: Any) -> Iterator[Deferred]:
-    return (value for value in _leaves(values) if isinstance(value, Deferred))
-
-
-def _leaves(values: Any) -> Iterator[Any]:
-    """The tensors and deferred values in nested tuples and lists."""
-    for value in values:
-        if isinstance(value, (Tensor, Deferred)):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _leaves(value)
-
-
-def tensors_in(value: Any, why: str) -> Any:
-    """The same with tensors for deferred values; the very same object if there are none."""
-    if isinstance(value, Deferred):
-        return value.make(why)
-    if value is None or isinstance(value, (Tensor, str, int, float, torch.dtype, torch.device)):
-        return value
-    if isinstance(value, (list, tuple)):
-        items = [tensors_in(item, why) for item in value]
-        if all(new is old for new, old in zip(items, value, strict=True)):
-            return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, Mapping):
-        found = {key: tensors_in(item, why) for key, item in value.items()}
-        if all(found[key] is item for key, item in value.items()):
-            return value
-        if type(value) is dict:
-            return found
-        twin: Any = copy.copy(value)  # such as the outputs of transformers, whose items are attributes too
-        for key, item in found.items():
-            twin[key] = item
-        return twin
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        new = {name: tensors_in(item, why) for name, item in old.items()}
-        if all(new[name] is old[name] for name in old):
-            return value
-        twin = copy.copy(value)
-        for name, item in new.items():
-            object.__setattr__(twin, name, item)  # also where it is frozen
-        return twin
-    return value
-
-
-def made(value: Any) -> Any:
-    """Tensors for all deferred values in nested tuples, lists, mappings and dataclasses: for what leaves a model."""
-    return tensors_in(value, "the result of the model")
 
 
 def counting(counts: Counter[str]) -> Tell:

@@ -7,7 +7,7 @@ uses without calling it, finds them, too. When the model's forward or a backward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -80,9 +80,16 @@ class BlockSwap(Pass):
                 raise InputError(f"block_swap: {name} gets its shape when the model is called: call it once before")
             if parameter.device.type == "meta":
                 raise InputError(f"block_swap: {name} has no values. Use memopt.load_swapped to load them.")
+        if self.device is not None and torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"block_swap: there is no device {self.device!r} on this machine")
         found = self._found(model)
         movable = _movable(model, found)
         return [Claim(path, "weights") for path in found if movable[path]]
+
+    def swapped(self, model: nn.Module) -> set[int]:
+        """The ids of the parameters that would come and go."""
+        places = _movable(model, self._found(model)).values()
+        return {id(owner._parameters[name]) for found in places for owner, name in found}
 
     def _found(self, model: nn.Module) -> list[str]:
         found = find_blocks(model) if self.blocks == "auto" else matching_modules(model, self.blocks)
@@ -96,35 +103,38 @@ class BlockSwap(Pass):
     def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
         paths = [claim.path for claim in claims]
 
-        def swapper_of(
-            model: nn.Module, put: Callable[[nn.Module, str, Any], None], undo: Callable[..., Any]
-        ) -> Swapper:
+        def swapper_of(model: nn.Module) -> Swapper:
             movable = _movable(model, paths)
             device = torch.device(self.device) if self.device else None
             units = {path: Unit([Weight(*place, device) for place in movable[path]]) for path in paths}
-            swapper = Swapper(
-                list(units.values()), self._mover(), self.folder, self.resident, self.prefetch, edit.counts
-            )
-            undo(lambda: swapper)
-            swapper.settle()
-            put(model, _SWAPPER, swapper)
-            for path, unit in units.items():
-                unit.swapper = swapper
+            return Swapper(units, self._mover(), self.folder, self.resident, self.prefetch, edit.counts)
+
+        def places(swapper: Swapper, model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+            yield model, _SWAPPER, swapper
+            for path, unit in swapper.paths.items():
                 for module in {model.get_submodule(path), *(weight.owner for weight in unit.weights)}:
-                    put(module, _UNIT, unit)
-            return swapper
+                    yield module, _UNIT, unit
 
         def around_model(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-            swapper = vars(module).get(_SWAPPER) or swapper_of(module, object.__setattr__, id)  # a copy has none
+            swapper = vars(module).get(_SWAPPER)
+            if swapper is None:  # of a copy
+                swapper = swapper_of(module)
+                for place in places(swapper, module):
+                    object.__setattr__(*place)
             with swapper.call():
                 return inner(*args, **kwargs)
 
-        swapper = swapper_of(edit.model, edit.set, edit.hook)
+        swapper = swapper_of(edit.model)
+        edit.hook(lambda: swapper)  # first: it puts back also what has moved half way
+        swapper.settle()
+        for place in places(swapper, edit.model):
+            edit.set(*place)
         for unit in swapper.units:
             for owner in {weight.owner for weight in unit.weights}:
                 edit.wrap(owner, "__getattr__", _around_read)
         for path in paths:
-            edit.wrap(edit.module(path), "forward", _around_block)
+            edit.wrap(edit.module(path), "forward", _around_block)  # also when a checkpoint computes it again
+            edit.wrap(edit.module(path), "__call__", _around_block)  # also around hooks, which may read weights
         edit.wrap(edit.model, "forward", around_model)
         inside = sum(unit.bytes for unit in swapper.units)
         largest = max(unit.bytes for unit in swapper.units)
@@ -170,6 +180,8 @@ def _movable(model: nn.Module, paths: Sequence[str]) -> dict[str, list[tuple[nn.
     found: dict[str, list[tuple[nn.Module, str]]] = {path: [] for path in paths}
     users: dict[int, set[tuple[int, str]]] = {}
     places: dict[int, tuple[nn.Module, str]] = {}
+    for buffer in model.buffers():
+        users.setdefault(storage_of(buffer), set()).add((id(buffer), ""))
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -192,8 +204,13 @@ class _Moved:
 
     def __init__(self, tensor: Tensor, device: torch.device) -> None:
         self.tensor, self.before = tensor, tensor.device
-        tensor.data = tensor.data.to(device)
+        self._move(device)
 
     def remove(self) -> None:
         """Move it back."""
-        self.tensor.data = self.tensor.data.to(self.before)
+        self._move(self.before)
+
+    def _move(self, device: torch.device) -> None:
+        grad, self.tensor.grad = self.tensor.grad, None
+        self.tensor.data = self.tensor.data.to(device)
+        self.tensor.grad = None if grad is None else grad.to(device)

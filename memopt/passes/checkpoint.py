@@ -37,6 +37,7 @@ from memopt.blocks import find_blocks
 from memopt.core import Edit
 from memopt.errors import InputError
 from memopt.registry import Claim, Context, Pass, matching_modules
+from memopt.saved import hold_for_now
 from memopt.tensors import version_of
 
 
@@ -187,6 +188,8 @@ class _Run:
         copies = {i: t.clone() for i, t in tensors.items()}
         before = {i: t._version for i, t in tensors.items()}
         kept = self.copied(leaves)
+        for leaf in tensors.values():
+            hold_for_now(leaf)
         after: dict[int, int] = {}
 
         def run(*_: Any) -> Any:

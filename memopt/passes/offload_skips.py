@@ -14,22 +14,28 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from memopt.compression import Compression
 from memopt.core import Edit
-from memopt.deferred import entered
+from memopt.deferred import entered, made
 from memopt.errors import InputError
 from memopt.registry import Claim, Context, Pass
 from memopt.saved import hooks_allowed, hooks_in_force, in_checkpoint
-from memopt.skips import Hooks, Learner, Plan, Run
+from memopt.skips import FAST, Hooks, Learner, Plan, Run
 from memopt.tape import Tape, tape_in_force, unpack
 from memopt.tensors import storage_of
 from memopt.transfer import Mover
 from memopt.units import parse_bytes
 
 _PLANS = "_memopt_skips"
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,31 +82,43 @@ class OffloadSkips(Pass):
         mover, counts, least = self._mover(), edit.counts, parse_bytes(self.min_bytes)
 
         def around(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or in_checkpoint() or not hooks_allowed():
+            if torch.compiler.is_compiling() or torch._C._is_tracing() or forward_ad._current_level >= 0:
+                return inner(*args, **kwargs)
+            if in_checkpoint() or not hooks_allowed():
                 return inner(*args, **kwargs)
             plans = vars(module).get(_PLANS)
             if plans is None:  # a copy has none
                 plans = _Plans()
                 object.__setattr__(module, _PLANS, plans)
-            way = torch.is_grad_enabled(), module.training
-            plan = plans.by_way.get(way)
-            if plan is None:
-                with Learner(module, least, self.waits) as learner:
-                    result = inner(*args, **kwargs)
-                plans.learned(module, way, learner.plan())
-                counts["skip connections found"] = max(len(p.parks) for p in plans.by_way.values())
-                return result
-            if not plan.parks:
+            given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            held = {storage_of(tensor) for tensor in (*module.parameters(), *module.buffers(), *given)}
+            tape = Tape(mover, held, None, self.prefetch, counts, hooks_in_force())
+            way, size = (torch.is_grad_enabled(), module.training), sum(map(_bytes, given))
+            plan = plans.of(way, size)
+            if plan is not None and not plan.parks:
                 return inner(*args, **kwargs)
             with contextlib.ExitStack() as stack:
-                held = [*module.parameters(), *module.buffers(), *tree_leaves((args, kwargs))]
-                storages = {storage_of(value) for value in held if isinstance(value, Tensor)}
-                tape = Tape(mover, storages, None, self.prefetch, counts, hooks_in_force())
                 if torch.is_grad_enabled() and tape_in_force() is None:
                     stack.enter_context(saved_tensors_hooks(tape.pack, unpack))
-                stack.enter_context(Run(plan, tape, least, self.prefetch))
-                return entered(module, inner, *args, **kwargs)
+                if plan is not None:
+                    stack.enter_context(Run(plan, tape, least, self.prefetch))
+                    return entered(module, inner, *args, **kwargs)
+                with Learner(module, least, self.waits) as learner:
+                    result = inner(*args, **kwargs)
+                plans.learned(module, way, size, learner.plan())
+                counts["skip connections found"] = max(len(plan.parks) for plan in plans.by_way.values())
+                return result
 
+        def plainly(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            args, kwargs = made(args), made(kwargs)
+            with contextlib.ExitStack() as stack:
+                if any(isinstance(mode, Learner) for mode in _get_current_function_mode_stack()):
+                    stack.enter_context(torch._C.DisableTorchFunction())
+                return inner(*args, **kwargs)
+
+        for module in edit.model.modules():
+            if isinstance(module, FAST):
+                edit.wrap(module, "forward", plainly)
         plans = _Plans()
         edit.hook(lambda: plans)
         edit.set(edit.model, _PLANS, plans)
@@ -112,17 +130,20 @@ class _Plans:
 
     def __init__(self) -> None:
         self.by_way: dict[tuple[bool, bool], Plan] = {}
-        self._hooked: set[str] = set()
+        self._sizes: dict[tuple[bool, bool], int] = {}
         self._handles: list[Any] = []
 
-    def learned(self, model: nn.Module, way: tuple[bool, bool], plan: Plan) -> None:
+    def of(self, way: tuple[bool, bool], size: int) -> Plan | None:
+        """The plan for a way of running and so many bytes of inputs; None if larger ones were never seen."""
+        return self.by_way.get(way) if size <= self._sizes.get(way, -1) else None
+
+    def learned(self, model: nn.Module, way: tuple[bool, bool], size: int, plan: Plan) -> None:
         """Keep a plan."""
-        self.by_way[way] = plan
-        for path in plan.modules - self._hooked:
+        self.by_way[way], self._sizes[way] = plan, size
+        for path in sorted(plan.modules):
             module = model.get_submodule(path)
             if not Hooks.on(module):
                 self._handles += Hooks(path).put(module)
-            self._hooked.add(path)
 
     def remove(self) -> None:
         """Take the hooks off."""
