@@ -300,7 +300,7 @@ def test_a_modules_own_list_stays_its_own():
         assert_equal(gradients(model), gradients(plain))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore")
 def test_scripted_and_nested_and_global_hooks():
     def way(s, x):
         h = s.a(x)
