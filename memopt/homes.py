@@ -171,8 +171,8 @@ class Weight:
         self.home: Home | None = None
         self.near: Tensor | None = None
         """Its data while it is there."""
-        self.arrive: Callable[[Tensor], None] | None = None
-        """Has it there for a gradient; where the device is another than that of the home."""
+        self.arrive: Callable[[], None] = lambda: None
+        """Has it on the device."""
         self._away: Tensor | None = None  # its data while it is away
         self._version = version_of(self.parameter)
         self._grad: Tensor | None = None  # of the home's device, while the weight is on another
@@ -219,7 +219,7 @@ class Weight:
         if self._hooks or not (self.parameter.requires_grad and self.parameter.is_leaf):
             return
         if self.device.type != "cpu":  # a gradient is added where the weight is, so it has to be there
-            self._hooks.append(self.parameter.register_hook(lambda grad: self.arrive and self.arrive(grad)))
+            self._hooks.append(self.parameter.register_hook(lambda grad: self.arrive()))
         self._hooks.append(self.parameter.register_post_accumulate_grad_hook(_account))
 
     @property

@@ -148,12 +148,13 @@ class Swapper:
         self.paths, self.units, self.mover, self.counts = dict(units), list(units.values()), mover, counts
         for unit in self.units:
             unit.swapper = self
+            for weight in unit.weights:
+                weight.arrive = functools.partial(self.use, unit)
         self.resident, self.prefetch = resident, prefetch
         self._folder, self._reader = folder, Reader()
         self._lock = threading.RLock()
-        self._calls: dict[
-            object, tuple[Unit | None, int]
-        ] = {}  # that have begun and not ended: of what, in which thread
+        # Calls that have begun and not ended: of what, in which thread.
+        self._calls: dict[object, tuple[Unit | None, int]] = {}
         self._spare: Spare = {}
         self._loaded: list[Unit] = []  # the last used last
         self._learned: dict[Phase, list[Unit]] = {"forward": [], "backward": []}

@@ -436,7 +436,7 @@ class _Lanes:
 
     def back(self, buffer: Buffer, dtype: torch.dtype) -> _Coming:
         """Begin to copy a buffer to a new tensor."""
-        while self._sources:  # forward is over: nothing of it should wait for the next
+        while self._sources and torch._C._current_graph_task_id() != -1:  # nothing should wait for the next forward
             self._let_go()
         computing = torch.cuda.current_stream(self.device)
         flat = torch.empty(buffer.tensor.numel() // dtype.itemsize, dtype=dtype, device=self.device)
