@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memopt.mapped import MappedFile
 from memopt.memory.ledger import lives, moved, off_the_books
-from memopt.tensors import is_memory, storage_of, version_of
+from memopt.tensors import holders_of, is_memory, storage_of, version_of
 from memopt.transfer import Mover, Tier
 
 ALIGNMENT = 64
@@ -256,8 +256,7 @@ class Weight:
         if near is not None:
             self._go_from(near)
             if near.device.type == "cpu" and type(near) is Tensor:
-                holders: int = torch._C._storage_Use_Count(near.untyped_storage()._cdata)
-                return near if holders == 2 else None  # this tensor, and the storage's own object
+                return near if holders_of(near) == 1 else None
         return None
 
     def _go_from(self, near: Tensor) -> None:

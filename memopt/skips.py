@@ -35,7 +35,7 @@ from memopt.deferred import HOOKING, StandIn
 from memopt.errors import MemoptError
 from memopt.saved import hooks_allowed, is_held_for_now
 from memopt.tape import Away, Tape, tape_in_force
-from memopt.tensors import is_memory
+from memopt.tensors import holders_of, is_memory
 
 _METADATA = """
 size dim ndim numel nelement stride storage_offset is_contiguous is_floating_point is_complex is_signed element_size
@@ -257,10 +257,9 @@ class Skip(StandIn):
         if tensor is None or self.pinned:
             return True
         tape = self.run.tape
-        # This name, the attribute and the argument; the tensor itself, its storage's own object, what autograd lets go.
+        # This name, the attributes and the argument; of its memory also what autograd would let go of.
         mine = sys.getrefcount(tensor) <= 3 + (self._left is tensor) and tensor._use_count() == 1  # type: ignore[attr-defined]
-        holders: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-        if self.inside or not mine or holders - 2 > tape.keeps(tensor):
+        if self.inside or not mine or holders_of(tensor) > 1 + tape.keeps(tensor):
             return False
         with torch.no_grad():
             self.away = tape.park(tensor)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+import torch.utils._python_dispatch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -29,3 +32,19 @@ def storage_of(tensor: Tensor) -> int:
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written to; -1 where nobody counts."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def holders_of(tensor: Tensor) -> int:
+    """How many tensors, this one among them, have its memory; for one with a storage."""
+    return _uses(tensor) - _uses_of_one() + 1
+
+
+def _uses(tensor: Tensor) -> int:
+    uses: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return uses
+
+
+@functools.cache
+def _uses_of_one() -> int:
+    with torch.utils._python_dispatch._disable_current_modes():
+        return _uses(torch.empty(1, device="cpu"))  # versions of torch count the storage's own object or not
