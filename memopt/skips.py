@@ -18,6 +18,7 @@ adds up its gradients in the order that it would without them.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import weakref
@@ -141,14 +142,15 @@ class Learner(TorchFunctionMode):
             if not self._here():
                 return
             call, self._calls[path] = self._calls[path], self._calls[path] + 1
-            for position, tensor in enumerate(_leaves(output)):
-                known = self._known(tensor)
-                if (known is None or not known.inside) and can_wait(tensor, self._least):
-                    seen = _Seen(Site(path, call, position), tensor, self._clock, len(self._entered))
-                    if known is not None and known.site[:2] == seen.site[:2]:
-                        continue  # twice in one result
-                    self._seen[id(tensor)] = seen
-                    self._all.append(seen)
+            with torch._C.DisableTorchFunction():  # our own questions are no uses
+                for position, tensor in enumerate(_leaves(output)):
+                    known = self._known(tensor)
+                    if (known is None or not known.inside) and can_wait(tensor, self._least):
+                        seen = _Seen(Site(path, call, position), tensor, self._clock, len(self._entered))
+                        if known is not None and known.site[:2] == seen.site[:2]:
+                            continue  # twice in one result
+                        self._seen[id(tensor)] = seen
+                        self._all.append(seen)
             for seen in self._frames.pop() if self._frames else ():
                 seen.inside -= 1
                 seen.uses[-1][1:] = self._clock, len(self._entered)
@@ -257,9 +259,11 @@ class Skip(StandIn):
         if tensor is None or self.pinned:
             return True
         tape = self.run.tape
-        # This name, the attributes and the argument; of its memory also what autograd would let go of.
+        # This name, the attributes and the argument; of its memory also what autograd would let go of, and a base that
+        # only this view of it keeps.
         mine = sys.getrefcount(tensor) <= 3 + (self._left is tensor) and tensor._use_count() == 1  # type: ignore[attr-defined]
-        if self.inside or not mine or holders_of(tensor) > 1 + tape.keeps(tensor):
+        own = tensor._base is not None and _holders_of_base(tensor) == _holders_of_sole_base()
+        if self.inside or not mine or holders_of(tensor) > 1 + own + tape.keeps(tensor):
             return False
         with torch.no_grad():
             self.away = tape.park(tensor)
@@ -322,6 +326,19 @@ class Skip(StandIn):
         return super().__getattr__(name)
 
 
+def _holders_of_base(view: Tensor) -> tuple[int, int]:
+    """References to a view's base, Python's and C++'s."""
+    base: Any = view._base
+    return sys.getrefcount(base), base._use_count()
+
+
+@functools.cache
+def _holders_of_sole_base() -> tuple[int, int]:
+    """Those to a base that only a view keeps; they differ between versions of torch."""
+    with torch.no_grad():
+        return _holders_of_base(torch.empty(2, device="cpu").view(1, 2))
+
+
 def _empty(like: Tensor, stride: tuple[int, ...] | None = None) -> Tensor:
     """A tensor without memory that looks like another."""
     return torch.empty_strided(like.shape, stride or like.stride(), dtype=like.dtype, device="meta")
@@ -380,6 +397,8 @@ class Run:
 
     def __exit__(self, *exc: Any) -> None:
         _running.runs.pop()
+        self.due.clear()  # which would keep those that never left, and these the run
+        self.frames.clear()
 
     @property
     def tape(self) -> Tape:

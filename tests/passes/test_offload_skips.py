@@ -295,7 +295,9 @@ def test_unets_of_the_zoo(name, train):
         assert_equal(a if isinstance(a, list) else [a], b if isinstance(b, list) else [b])
     # A legacy checkpoint function keeps what it is given until backward, so that nothing is gained by moving it.
     found = 1 if train and name == "guided_unet_legacy" else 3
-    assert handle.report().rows[0].counts["skip connections found"] == found
+    counts = handle.report().rows[0].counts
+    assert counts["skip connections found"] == found
+    assert counts["storages moved out"] == 2 * found
 
 
 def tensors(output):
