@@ -1,8 +1,8 @@
 """Skip connections wait off the device: what a UNet's decoder takes from its encoder, in training and inference.
 
-They are found by their lifetimes in the first forward, and wait in host memory or in files from their last early use to
-the next one (`memopt/skips.py`). In training, autograd, too, lets go of their memory until backward. Together with
-`offload_activations` each moves once: the tape of that pass is used.
+They are found by their lifetimes in the first forward (`memopt/lifetimes.py`), and wait in host memory or in files from
+their last early use to the next one (`memopt/skips.py`). In training, autograd, too, lets go of their memory until
+backward. Together with `offload_activations` each moves once: the tape of that pass is used.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from memopt.compression import Compression
 from memopt.core import Edit
 from memopt.deferred import entered, made
 from memopt.errors import InputError
+from memopt.lifetimes import FAST, Learner, Plan
 from memopt.registry import Claim, Context, Pass
 from memopt.saved import hooks_allowed, hooks_in_force, in_checkpoint
-from memopt.skips import FAST, Hooks, Learner, Plan, Run
+from memopt.skips import Hooks, Run
 from memopt.tape import Tape, tape_in_force, unpack
 from memopt.tensors import storage_of
 from memopt.transfer import Mover
