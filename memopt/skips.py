@@ -1,7 +1,7 @@
 """Moving skip connections out while a model goes deep and comes back.
 
-What waits is known only when a model runs, so its first forward is watched (`lifetimes.py`); a plan says after which
-use a module's result waits long.
+*Finding.* What waits is known only when a model runs, so its first forward is watched (`lifetimes.py`); a plan says
+after which use a module's result waits long.
 
 *Moving.* In later forwards such a result is handed to the caller as a :class:`Skip`, which stands for it
 (`deferred/standin.py`): the Python structure that keeps it keeps no memory. After its last early use, once nobody else
@@ -286,9 +286,9 @@ class Hooks:
             return None
         run = _running.runs[-1]
         run.tick()
-        if not hooks_allowed():
-            return None
-        given = {id(value): value for value in (*args, *kwargs.values()) if isinstance(value, Skip)}
+        given = {}
+        if hooks_allowed():
+            given = {id(value): value for value in (*args, *kwargs.values()) if isinstance(value, Skip)}
         run.frames.append(list(given.values()))
         if not given:
             return None
