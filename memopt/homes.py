@@ -41,6 +41,9 @@ def can_leave(parameter: Tensor) -> bool:
 class Home:
     """The memory that a parameter on the CPU has anyhow."""
 
+    file: MappedFile | None = None
+    """Of which it is a part."""
+
     def __init__(self, flat: Tensor, tier: Tier = "cpu") -> None:
         self.flat, self.tier = flat, tier
 
@@ -58,9 +61,6 @@ class Home:
     def in_place(self) -> bool:
         """Whether the tensor's memory is where it was: torch moves what is shared with other processes."""
         return True
-
-    def check(self) -> None:
-        """Raise if the values are no more."""
 
     def wait(self) -> None:
         """Wait for copies from here that are under way: somebody may write here now."""
@@ -93,6 +93,8 @@ class HostHome(Home):
 class FileHome(Home):
     """A part of a mapped file."""
 
+    file: MappedFile
+
     def __init__(self, flat: Tensor, file: MappedFile, start: int, reader: Reader, mover: Mover) -> None:
         super().__init__(flat, "disk")
         self.file, self.start, self.reader, self.mover = file, start, reader, mover
@@ -120,9 +122,6 @@ class FileHome(Home):
     @property
     def in_place(self) -> bool:
         return self.file.holds(self.flat, self.start)
-
-    def check(self) -> None:
-        self.file.check()
 
     def leave(self, device: torch.device) -> Tensor:
         if self.file.private and device.type == "cpu":  # where its owner had put it

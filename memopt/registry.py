@@ -96,6 +96,13 @@ class Pass(ABC):
                 raise MemoptError(f"pass name {name!r} is taken by {known.__module__}.{known.__qualname__}")
             _REGISTRY[name] = cls
 
+    def _check_at_least(self, **options: int) -> None:
+        """Raise an InputError where an option is no whole number of at least so much."""
+        for option, least in options.items():
+            value = getattr(self, option)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{self.name}: {option} must be at least {least}, not {value!r}")
+
     def wanted(self) -> str:
         """What this pass, with its options, needs to find; for the error where it finds nothing."""
         return self.needs

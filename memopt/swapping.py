@@ -208,8 +208,9 @@ class Swapper:
                 self._tasks.clear()  # of a backward that failed
                 self._let_all_go()
                 self.settle()
-                for home in {id(w.home): w.home for u in self.units for w in u.weights if w.home is not None}.values():
-                    home.check()
+                for file in {weight.home.file for u in self.units for weight in u.weights if weight.home is not None}:
+                    if file is not None:
+                        file.check()
             self._calls[token] = unit, threading.get_ident()
             if unit is not None:
                 self.use(unit)

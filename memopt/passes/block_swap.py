@@ -56,10 +56,7 @@ class BlockSwap(Pass):
     def __post_init__(self) -> None:
         if self.level not in ("block", "leaf"):
             raise InputError(f"block_swap: level {self.level!r} is not one of block, leaf")
-        for option, least in (("resident", 1), ("prefetch", 0)):
-            value = getattr(self, option)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"block_swap: {option} must be at least {least}, not {value!r}")
+        self._check_at_least(resident=1, prefetch=0)
         try:
             self._mover()
             torch.device(self.device or "cpu")

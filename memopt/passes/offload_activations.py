@@ -54,8 +54,7 @@ class OffloadActivations(Pass):
 
     def __post_init__(self) -> None:
         parse_bytes(self.min_bytes)
-        if isinstance(self.prefetch, bool) or self.prefetch < 0:
-            raise InputError(f"offload_activations: prefetch must be at least 0, not {self.prefetch!r}")
+        self._check_at_least(prefetch=0)
         try:
             self._mover()
         except InputError as error:

@@ -63,10 +63,7 @@ class OffloadSkips(Pass):
 
     def __post_init__(self) -> None:
         parse_bytes(self.min_bytes)
-        for option, least in (("prefetch", 0), ("waits", 1)):
-            value = getattr(self, option)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"offload_skips: {option} must be at least {least}, not {value!r}")
+        self._check_at_least(prefetch=0, waits=1)
         try:
             self._mover()
         except InputError as error:
