@@ -29,6 +29,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from memopt.conflicts import between
 from memopt.errors import AlreadyApplied, InputError, MemoptError, NothingToDo, PassConflict
 from memopt.registry import STAGES, Claim, Context, Pass, exactness, resolve
 from memopt.reports import Report, ReportRow, Saving
@@ -234,13 +235,8 @@ def _check_conflicts(entries: list[_Entry]) -> None:
         for second in entries[i + 1 :]:
             if first.pass_ == second.pass_:
                 raise AlreadyApplied(f"{second.pass_} is already applied to this model. Undo its handle first.")
-            for a in first.claims:
-                for b in second.claims:
-                    if a.overlaps(b):
-                        raise PassConflict(
-                            f"{first.pass_} and {second.pass_} both change the "
-                            f"{a if len(a.path) > len(b.path) else b}. Leave one out, or give them different places."
-                        )
+            if conflict := between(first.pass_, first.claims, second.pass_, second.claims):
+                raise PassConflict(str(conflict))
 
 
 def _describe(model: nn.Module) -> str:

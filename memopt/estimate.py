@@ -66,6 +66,31 @@ def profile_recipe(
         MemoptError: the recipe needs the values of tensors; the message names the line. Use ``real=True``.
     """
     kind = device or default_device()
+    work = recipe_work(recipe, config, train=train, device=kind, real=real, data=data, cache=cache)
+    texts = [f"{name}={describe(value)}" for name, value in work.batch.items() if isinstance(value, Tensor)]
+    pieces = f"; microbatches of {config.microbatch}" if train and work.parts else ""
+    with quiet():
+        return profile_work(
+            work,
+            train=train,
+            inputs=", ".join(texts) + pieces,
+            device=kind,
+            passes=[*parse_passes(config.passes), *passes],
+            real=real,
+        )
+
+
+def recipe_work(
+    recipe: Recipe[Any],
+    config: TrainConfig,
+    *,
+    train: bool,
+    device: str,
+    real: bool,
+    data: Path | None = None,
+    cache: Path = Path("data"),
+) -> Work:
+    """One step of a recipe without its passes, on fake tensors or on true ones; arguments as for profile_recipe."""
     name = f"recipe {recipe.name}"
     if config.batch_size > MOST_ROWS:
         raise InputError(f"{name}: a batch of {config.batch_size:,} is larger than a profile takes ({MOST_ROWS:,})")
@@ -79,25 +104,15 @@ def profile_recipe(
             made: nn.Module = recipe.model(config)
         return made
 
-    model = real_model(make, kind) if real else fake_model(make)
+    model = real_model(make, device) if real else fake_model(make)
     with blaming(f"{name}: a batch of {config.batch_size:,} cannot be made"):
         batch = (_real_batch if real else _fake_batch)(recipe, config, sample)
     if real:
-        batch = tree_map_only(Tensor, lambda t: t.to(kind), batch)
+        batch = tree_map_only(Tensor, lambda t: t.to(device), batch)
     work = Work(model, batch, functools.partial(_forward, recipe, config))
     if train:
-        _add_training(work, recipe, config, kind, real)
-    texts = [f"{name}={describe(value)}" for name, value in batch.items() if isinstance(value, Tensor)]
-    pieces = f"; microbatches of {config.microbatch}" if train and work.parts else ""
-    with quiet():
-        return profile_work(
-            work,
-            train=train,
-            inputs=", ".join(texts) + pieces,
-            device=kind,
-            passes=[*parse_passes(config.passes), *passes],
-            real=real,
-        )
+        _add_training(work, recipe, config, device, real)
+    return work
 
 
 @contextlib.contextmanager

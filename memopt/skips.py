@@ -39,6 +39,8 @@ from memopt.tensors import holders_of
 class Skip(StandIn):
     """Stands for a tensor that may be away."""
 
+    moves = True
+
     def __init__(self, tensor: Tensor, site: Site, run: Run) -> None:
         self.device = tensor.device
         self.site, self.run = site, run

@@ -35,6 +35,12 @@ def outer_products(cls: type) -> list[str]:
     return [name for name, code in _methods(cls).items() if _squares(code)]
 
 
+@functools.lru_cache(maxsize=4096)
+def names_in(cls: type) -> frozenset[str]:
+    """The names in the code of a class, and in that of functions which it names."""
+    return frozenset(_names(tuple(tree for _, code in _classes(cls) for tree in code)))
+
+
 def writes_attention(cls: type, helper: type | None = None) -> bool:
     """Whether the code of a class that ``forward`` leads to has a softmax and products of matrices.
 

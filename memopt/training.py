@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from memopt import checkpoints, core, plots
 from memopt.errors import InputError, MemoptError, blaming
 from memopt.memory.leaks import LeakWatch
+from memopt.passes import OptimizerInBackward
 from memopt.recipe import Recipe, TrainConfig, parse_passes
 from memopt.runlog import RunLog
 
@@ -112,9 +113,26 @@ class Trainer:
             self.ema = AveragedModel(self.model, device=device, multi_avg_fn=self._average)
         self.optimizer = recipe.optimizer(config, self.model)
         self.handle = core.apply(self.model, parse_passes(config.passes), optimizer=self.optimizer)
+        if any(isinstance(pass_, OptimizerInBackward) for pass_ in self.handle.passes):
+            self._check_steps_in_backward()
         self.scaler = self.handle.scaler or torch.amp.GradScaler(self.accelerator.device.type, enabled=False)
         self.parallel: nn.Module = self.accelerator.prepare(self.model)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+
+    def _check_steps_in_backward(self) -> None:
+        """Refuse what needs all gradients of a step at once."""
+        config = self.config
+        needs = {
+            f"grad_clip={config.grad_clip}": config.grad_clip is not None,
+            f"microbatch={config.microbatch}": (config.microbatch or config.batch_size) < config.batch_size,
+            f"{self.world} processes": self.world > 1,
+        }
+        if found := [what for what, needed in needs.items() if needed]:
+            raise InputError(
+                f"optimizer_in_backward steps each parameter when its gradient arrives, but {' and '.join(found)} need "
+                "all gradients before a step. Leave the pass out, or set grad_clip=none and microbatch=none in one "
+                "process (the pass grad_accumulation splits a batch and goes with it)."
+            )
 
     @property
     def is_main(self) -> bool:

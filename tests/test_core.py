@@ -187,7 +187,7 @@ def test_an_empty_list_of_passes_is_an_empty_handle(model):
         (
             [AMP(), AMP(dtype="fp16")],
             PassConflict,
-            r"amp\(\) and amp\(dtype='fp16'\) both change the forward of the whole",
+            r"amp\(\) and amp\(dtype='fp16'\) both change the precision of the whole",
         ),
         (
             [Scale(path="blocks.0"), Scale(path="blocks.0.a")],

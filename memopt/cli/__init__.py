@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from memopt.cli import max_batch, passes, profile, train
+from memopt.cli import ablate, max_batch, passes, profile, train
 from memopt.errors import MemoptError
 
-VERBS = (train, profile, max_batch, passes)
+VERBS = (train, profile, max_batch, ablate, passes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for verb in VERBS:
         verb.add(verbs)
     options = parser.parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         options.run(options)
     except MemoptError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from typing import Any
 
 EXAMPLES = """\
@@ -12,6 +13,8 @@ examples:
       every pass, exact or not, and what it needs
   memopt passes checkpoint
       one pass with its options
+  memopt passes --conflicts examples/hae_v2
+      which of them cannot be put on this model together, as a table in Markdown
 """
 
 
@@ -24,12 +27,17 @@ def add(verbs: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", help="show one pass with its options")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("name", nargs="?", help="show one pass with its options")
+    what.add_argument("--conflicts", metavar="DIR", help="show which passes meet on the model of a recipe folder")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Carry it out."""
+    if options.conflicts is not None:
+        print(_conflicts(options.conflicts))
+        return
     from rich.console import Console
     from rich.padding import Padding
 
@@ -53,3 +61,14 @@ def run(options: argparse.Namespace) -> None:
             console.print(Padding(f"changes: {cls.changes}", (0, 0, 0, 4)))
         console.print(Padding(f"used in: {', '.join(sorted(cls.modes, reverse=True))}", (0, 0, 0, 4)))
         console.print(Padding(f"needs: {cls.needs}", (0, 0, 0, 4)))
+
+
+def _conflicts(folder: str) -> str:
+    from memopt.conflicts import conflicts, markdown
+    from memopt.estimate import fake_model
+    from memopt.recipe import configure, load_recipe
+
+    recipe = load_recipe(os.path.expanduser(folder))
+    config = configure(recipe, None, {})
+    model = fake_model(lambda: recipe.model(config))
+    return markdown(conflicts(model, optimizer=recipe.optimizer(config, model)))

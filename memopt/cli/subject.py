@@ -1,12 +1,13 @@
-"""What ``memopt profile`` and ``memopt max-batch`` speak of: a recipe, or a model that a function makes.
+"""What ``profile``, ``max-batch`` and ``ablate`` speak of: a recipe, or a model that a function makes.
 
-Both verbs take the same first argument and the same options for it, and ask for profiles at a batch size.
+These verbs take the same first argument and the same options for it, and ask for profiles at a batch size.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from memopt.memory.profiler import Work
     from memopt.memory.report import MemoryReport
 
+SEED = 0
+"""Of models that a function makes, which have no setting for it."""
 _FACTORY = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 
 
@@ -71,6 +75,14 @@ class Subject(ABC):
     def profile(self, batch: int | None = None, passes: Sequence[Any] = ()) -> MemoryReport:
         """At a batch size (None: the one that was asked for), with further passes."""
 
+    @abstractmethod
+    def work(self, batch: int | None = None, *, device: str, real: bool) -> Work:
+        """A step without passes, on fake tensors or on true ones, which are the same ones every time."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What determines the step, by name; ``seed`` is among it."""
+
 
 def of(options: argparse.Namespace) -> Subject:
     """The subject that the options name.
@@ -112,6 +124,18 @@ class _Recipe(Subject):
             cache=self.cache,
         )
 
+    def work(self, batch: int | None = None, *, device: str, real: bool) -> Work:
+        from memopt.estimate import at_batch, recipe_work
+
+        config = self.config if batch is None else at_batch(self.config, batch)
+        with _seeded(config.seed):
+            return recipe_work(
+                self.recipe, config, train=self.train, device=device, real=real, data=self.data, cache=self.cache
+            )
+
+    def settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.config)
+
 
 class _Factory(Subject):
     def __init__(self, options: argparse.Namespace, module: str, name: str) -> None:
@@ -120,7 +144,7 @@ class _Factory(Subject):
         super().__init__(options)
         self.inputs: list[str] = options.input
         given = getattr(options, "batch_size", None)
-        self.batch = None if given is None else _positive(given)
+        self.batch = None if given is None else positive("--batch-size", given)
         self.passes = parse_passes(pass_names(options.passes or ""))
         self.optimizer = _optimizer("adamw" if options.optimizer is None else options.optimizer) if self.train else None
         inputs.arguments(self.inputs, self.batch or 1, "meta")  # bad ones are found before a model is built
@@ -138,7 +162,7 @@ class _Factory(Subject):
         from memopt.estimate import quiet, the_mode
         from memopt.memory.profiler import profile
 
-        model, optimizer = self.model, self._made_optimizer()
+        model, optimizer = self.model, self._made_optimizer(self.model)
         with contextlib.nullcontext() if self.real else the_mode():
             size = self.batch if batch is None else batch
             call = inputs.arguments(self.inputs, size, self.device if self.real else "cpu")
@@ -153,11 +177,31 @@ class _Factory(Subject):
                 real=self.real,
             )
 
-    def _made_optimizer(self) -> torch.optim.Optimizer | None:
+    def work(self, batch: int | None = None, *, device: str, real: bool) -> Work:
+        from torch import Tensor
+        from torch.utils._pytree import tree_map_only
+
+        from memopt.estimate import fake_model, real_model, the_mode
+        from memopt.memory.profiler import Work, arguments, default_loss
+
+        with _seeded(SEED):
+            model = real_model(self.make, device) if real else fake_model(self.make)
+            with contextlib.nullcontext() if real else the_mode():
+                size = self.batch if batch is None else batch
+                call = arguments(model, inputs.arguments(self.inputs, size, device if real else "cpu"))
+                # Numbers that may be indices stay zero.
+                call = tree_map_only(Tensor, lambda t: t.normal_() if t.is_floating_point() else t, call)
+        return Work(model, call, lambda m, c: default_loss(m(*c[0], **c[1])), self._made_optimizer(model))
+
+    def settings(self) -> dict[str, Any]:
+        optimizer = "none" if self.optimizer is None else self.optimizer.__name__
+        return {"batch_size": self.batch, "input": self.inputs, "optimizer": optimizer, "seed": SEED}
+
+    def _made_optimizer(self, model: nn.Module) -> torch.optim.Optimizer | None:
         if self.optimizer is None:
             return None
         try:
-            made: torch.optim.Optimizer = self.optimizer(self.model.parameters())
+            made: torch.optim.Optimizer = self.optimizer(model.parameters())
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"--optimizer {self.optimizer.__name__.lower()}: {error}. Choose another, or none"
@@ -165,9 +209,24 @@ class _Factory(Subject):
         return made
 
 
-def _positive(text: str) -> int:
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """What is random inside depends on the seed; torch's generators go on as they were afterwards."""
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def positive(option: str, text: str) -> int:
+    """The number of an option.
+
+    Raises:
+        InputError: it is none, or none of at least 1.
+    """
     if not text.isdecimal() or len(text) > 16 or int(text) < 1:
-        raise InputError(f"--batch-size must be a whole number of at least 1 and of at most 16 digits, not {text!r}")
+        raise InputError(f"{option} must be a whole number of at least 1 and of at most 16 digits, not {text!r}")
     return int(text)
 
 

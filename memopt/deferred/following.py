@@ -77,7 +77,7 @@ class Following(TorchFunctionMode):
 _IN_PLACE = re.compile(
     r"(?!__).*[^_]_|__i(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|[lr]shift)__|__setitem__"
 )
-_WRITERS = {
+WRITERS = {
     getattr(home, name): True
     for home in (torch, Tensor, F)
     for name in dir(home)
@@ -88,7 +88,7 @@ _WRITERS = {
 
 def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a function may write to its first argument or to ``out``; some take ``inplace`` by position."""
-    if func in _WRITERS or "out" in kwargs or kwargs.get("inplace", False):
+    if func in WRITERS or "out" in kwargs or kwargs.get("inplace", False):
         return True
     return any([arg is True for arg in args[1:]])
 

@@ -30,6 +30,8 @@ class StandIn:
     requires_grad: bool
     rules: dict[Any, tuple[Callable[..., Any], frozenset[str] | None]] = {}
     """What it makes of functions that it is given to, which may be NotImplemented, and the keywords each rule takes."""
+    moves = False
+    """Whether it stands for a tensor that exists, somewhere."""
     __array_priority__ = Tensor.__array_priority__
 
     @property

@@ -341,4 +341,5 @@ def _observed_hooks(tracker: Tracker) -> Iterator[None]:
 def _leaves(value: Any) -> Iterator[Tensor]:
     from torch.utils._pytree import tree_leaves
 
-    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    holds = getattr(value, "holds", None)  # ours say so
+    return iter(holds()) if holds is not None else (x for x in tree_leaves(value) if isinstance(x, Tensor))

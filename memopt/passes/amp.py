@@ -46,7 +46,10 @@ class AMP(Pass):
             raise InputError(f"amp: dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
 
     def plan(self, model: nn.Module, context: Context) -> list[Claim]:
-        return [Claim("", "forward")] if any(p.dtype == torch.float32 for p in model.parameters()) else []
+        if not any(p.dtype == torch.float32 for p in model.parameters()):
+            return []
+        scaled = [Claim("step", "loop", "gradients")] if self.dtype == "fp16" else []  # they wait for the scaler
+        return [Claim("", "forward", "precision"), *scaled]
 
     def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
         dtype, float32_output = DTYPES[self.dtype], self.float32_output

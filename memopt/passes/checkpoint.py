@@ -2,7 +2,8 @@
 
 Each block runs through ``torch.utils.checkpoint`` in its non-reentrant form, which restores the global random state of
 CPU and device and the autocast state, works with ``retain_graph``, and lets exceptions through. On top of it this pass
-takes care of what torch leaves to the caller, so that gradients stay bitwise those of the untouched model:
+takes care of what torch leaves to the caller (`recompute.py`), so that gradients stay bitwise those of the untouched
+model:
 
 * Inputs. Positional, keyword and nested inputs are flattened to positional tensors: torch looks only there for the
   devices whose random state it must restore, and autograd's in-place check then covers them. Lists, dicts and
@@ -16,29 +17,35 @@ takes care of what torch leaves to the caller, so that gradients stay bitwise th
   ``use_checkpoint`` are turned off around the wrapped blocks, and calls of a guided-diffusion style
   ``checkpoint(func, inputs, params, flag)``, which restores neither random nor autocast state, become plain calls.
 
+What of a block's inside is kept is a policy (`policies.py`), carried out by modes that hand results to a recomputation
+(`selective.py`; Korthikanti et al., arXiv 2205.05198, chose so by hand). How much is recomputed at once is the
+granularity: blocks, the layers inside them, or layers inside of recomputed blocks.
+
 Not covered: Python-side state (``self.calls += 1`` counts recomputations too) and NumPy's or ``random``'s state.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from memopt import legacy
-from memopt.blocks import find_blocks
+from memopt.blocks import find_blocks, find_layers
 from memopt.core import Edit
 from memopt.errors import InputError
+from memopt.policies import Keeps, check_policy, keeps_of
+from memopt.recompute import Run
 from memopt.registry import Claim, Context, Pass, matching_modules
-from memopt.saved import hold_for_now
-from memopt.tensors import version_of
+from memopt.remat import recording
+from memopt.saved import in_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +60,21 @@ class Checkpoint(Pass):
 
     blocks: str = "auto"
     """Which modules: "auto", or a glob over the names of ``named_modules()`` such as "layers.*"."""
+    policy: Keeps | str = "full"
+    """What is kept inside: "full": nothing; "cheap": what convolutions, matrix products and attention give; "skips":
+    nothing in larger blocks, as the levels of a UNet; or a function of an operation that says whether."""
+    granularity: Literal["block", "layer", "nested"] = "block"
+    """What is recomputed at once: a block; each layer made of several inside it; or blocks, and layers again inside."""
 
     def __post_init__(self) -> None:
+        check_policy(self.policy)
+        if self.granularity not in ("block", "layer", "nested"):
+            raise InputError(f"checkpoint: granularity {self.granularity!r} is not one of block, layer, nested")
+        if self.policy == "skips" and self.granularity == "layer":
+            raise InputError(
+                "checkpoint: policy 'skips' recomputes larger blocks, granularity 'layer' smaller ones. "
+                "Leave one out, or say granularity='nested'."
+            )
         if not isinstance(self.blocks, str):
             raise InputError(f"checkpoint: blocks must be 'auto' or one glob, not {self.blocks!r}")
 
@@ -62,7 +82,17 @@ class Checkpoint(Pass):
         return self.needs if self.blocks == "auto" else f"modules whose name matches {self.blocks!r}"
 
     def plan(self, model: nn.Module, context: Context) -> list[Claim]:
-        names = find_blocks(model) if self.blocks == "auto" else matching_modules(model, self.blocks)
+        skips = self.policy == "skips"
+        blocks = find_blocks(model, whole=skips) if self.blocks == "auto" else matching_modules(model, self.blocks)
+        smaller = find_blocks(model) if skips else []
+        names = []
+        for block in blocks:
+            inside = [name for name in smaller if name.startswith(f"{block}.")]
+            layers = inside or find_layers(model.get_submodule(block), block)
+            if self.granularity != "layer" or not layers:
+                names.append(block)
+            if self.granularity != "block":
+                names += layers
         return [Claim(name, "activations", "activations") for name in names]
 
     def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
@@ -81,20 +111,17 @@ class Checkpoint(Pass):
                 calls += 1
         if flags or calls:
             edit.note(f"replaced the model's own checkpointing: {flags} flags turned off, {calls} forwards rewritten")
+        forward = functools.partial(_forward, keeps_of(self.policy))
         for path in paths:
-            edit.wrap(edit.module(path), "forward", _forward)
+            edit.wrap(edit.module(path), "forward", forward)
 
 
 _MUTATED = "_memopt_checkpoint_mutated"
 """In the namespace of a block's own dynamic class: which inputs (by position in the flattened arguments) the block
 changes in place, for each way of calling it that was seen."""
 
-SMALL_BUFFER = 1 << 20
-"""Buffers of up to this many bytes are kept for recomputation even if nothing shows that forward changed them: batch
-norm's kernels update statistics without telling autograd."""
 
-
-def _forward(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def _forward(keeps: Keeps | None, module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return inner(*args, **kwargs)
     leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda x: not isinstance(x, (tuple, list, dict)))
@@ -104,150 +131,30 @@ def _forward(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwar
             args, kwargs = tree_unflatten(list(leaves), spec)
             return inner(*args, **kwargs)
 
-        return checkpoint(plain, *leaves, use_reentrant=False)
-    run = _Run(module, inner, (args, kwargs), spec)
+        if keeps is None:
+            return checkpoint(plain, *leaves, use_reentrant=False)
+        contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_compiled, keeps))
+        return checkpoint(plain, *leaves, use_reentrant=False, context_fn=contexts)
+    run = Run(module, inner, (args, kwargs), leaves, spec, keeps)
     seen = vars(type(module)).get(_MUTATED)
     if seen is None:
         seen = {}
         setattr(type(module), _MUTATED, seen)
     way = (module.training, *kwargs, *(isinstance(leaf, Tensor) for leaf in leaves))
-    if way not in seen:
-        output = run.watched(leaves)
-        seen[way] = run.mutated
-        return output
-    run.mutated = seen[way]
-    return checkpoint(run, *run.copied(leaves), use_reentrant=False)
+    if way in seen:
+        run.mutated = seen[way]
+        # A checkpoint around this one would have to find the same; and a recording of results knows more of them.
+        if not in_checkpoint() and recording() is None:
+            run.keep_in_parts()
+        return run.checkpointed(leaves)
+    output = run.copying(leaves) if in_checkpoint() else run.watched(leaves)
+    seen[way] = run.learned
+    return output
 
 
-class _Run:
-    """One call of a block: its forward first, then a recomputation for each backward.
-
-    The forward gets the very arguments of the call, so that lists and dicts it writes to are the caller's; a
-    recomputation gets new containers with what was in them before the call.
-    """
-
-    def __init__(self, module: nn.Module, inner: Callable[..., Any], arguments: Any, spec: Any) -> None:
-        self.module, self.inner, self.spec = module, inner, spec
-        self.arguments: Any = arguments  # until the forward is done
-        self.mutated: frozenset[int] = frozenset()
-        self.replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []  # parameters and buffers of the forward
-        self.modes: list[tuple[nn.Module, bool]] = []
-        self.generators: list[tuple[torch.Generator, Tensor]] = []
-
-    def __call__(self, *leaves: Any) -> Any:
-        return self.recompute(leaves) if self.arguments is None else self.forward()
-
-    def copied(self, leaves: Sequence[Any]) -> list[Any]:
-        """The flattened arguments, with copies of those that the block changes."""
-        return [leaf.clone() if i in self.mutated else _copy_cache(leaf) for i, leaf in enumerate(leaves)]
-
-    def forward(self) -> Any:
-        self.generators = [(g, g.get_state()) for g in _generators(self.module)]
-        self.modes = [(m, m.training) for m in self.module.modules()]
-        # The parameters themselves: functional_call may have put others in place by the time of the recomputation.
-        self.replaced = [(m._parameters, dict(m._parameters)) for m, _ in self.modes if m._parameters]
-        before = [
-            (m._buffers, {n: (b, version_of(b), b.detach().clone()) for n, b in m._buffers.items() if b is not None})
-            for m, _ in self.modes
-            if m._buffers
-        ]
-        args, kwargs = self.arguments
-        output = self.inner(*args, **kwargs)
-        for buffers, old in before:
-            changed = any(buffers[name] is not b or version_of(b) != version for name, (b, version, _) in old.items())
-            kept = {n: value for n, (_, _, value) in old.items() if changed or value.nbytes <= SMALL_BUFFER}
-            self.replaced.append((buffers, kept))
-        self.arguments = None
-        return output
-
-    def recompute(self, leaves: Sequence[Any]) -> Any:
-        args, kwargs = tree_unflatten(self.copied(leaves), self.spec)
-        states = [(g, g.get_state()) for g, _ in self.generators]
-        current = [(held, {name: held[name] for name in old}) for held, old in self.replaced]
-        modes = [(m, m.training) for m, _ in self.modes]
-        try:
-            for generator, state in self.generators:
-                generator.set_state(state)
-            for held, old in self.replaced:
-                # Buffers as copies: the recomputation changes them once more. Parameters as they are.
-                held.update({n: v if isinstance(v, nn.Parameter) or v is None else _scratch(v) for n, v in old.items()})
-            for module, mode in self.modes:
-                module.training = mode
-            return self.inner(*args, **kwargs)
-        finally:  # also when torch stops the recomputation early, by an exception
-            for generator, state in states:
-                generator.set_state(state)
-            for held, now in current:
-                held.update(now)
-            for module, mode in modes:
-                module.training = mode
-
-    def watched(self, leaves: list[Any]) -> Any:
-        """The first call of a block in one way: learn whether it changes its inputs in place."""
-        tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not leaf.is_inference()}
-        copies = {i: t.clone() for i, t in tensors.items()}
-        before = {i: t._version for i, t in tensors.items()}
-        kept = self.copied(leaves)
-        for leaf in tensors.values():
-            hold_for_now(leaf)
-        after: dict[int, int] = {}
-
-        def run(*_: Any) -> Any:
-            if self.arguments is None:
-                if any(kept[i]._version != version for i, version in after.items()):
-                    raise RuntimeError(
-                        f"checkpoint: an input of a {type(self.module).__name__} was changed in place after the block "
-                        "had run, so it cannot be recomputed. Leave this block out with Checkpoint(blocks=...)."
-                    )
-                return self.recompute(kept)
-            output = self.forward()
-            self.mutated = frozenset(i for i, t in tensors.items() if t._version != before[i])
-            places = [tensors[i].untyped_storage()._cdata for i in self.mutated]
-            if len(set(places)) < len(places):  # separate copies would not change together
-                raise RuntimeError(
-                    f"checkpoint: a {type(self.module).__name__} changes an input in place that shares memory with "
-                    "another of its inputs. Leave this block out with Checkpoint(blocks=...)."
-                )
-            for i in self.mutated:
-                kept[i] = copies[i]
-            after.update({i: kept[i]._version for i in tensors})
-            copies.clear()  # the graph keeps this closure: let it hold `kept` alone
-            tensors.clear()
-            return output
-
-        # The tensors stay hidden in `kept`: those handed to torch could not be exchanged for copies any more. Empty
-        # ones tell torch which devices' random state to restore.
-        devices = {t.device for t in tensors.values()}
-        return checkpoint(run, *[torch.empty(0, device=device) for device in devices], use_reentrant=False)
-
-
-def _scratch(value: Tensor) -> Tensor:
-    """A buffer to recompute with; a tensor with history (a parameter that functional_call put in place) as it is."""
-    return value if value.requires_grad else value.clone()
-
-
-def _copy_cache(leaf: Any) -> Any:
-    """A copy of a transformers key-value cache that shares its tensors; anything else as it is.
-
-    Language models in train mode hand one to their blocks, which append to it: a recomputation must find it, and leave
-    it, as it was.
-    """
-    if not any(c.__name__ == "Cache" and c.__module__.startswith("transformers.") for c in type(leaf).__mro__):
-        return leaf
-    twin = copy.copy(leaf)
-    for name, value in vars(leaf).items():
-        if isinstance(value, list):
-            setattr(twin, name, [copy.copy(layer) for layer in value])
-        elif isinstance(value, dict):
-            setattr(twin, name, dict(value))
-        else:
-            setattr(twin, name, _copy_cache(value))
-    return twin
-
-
-def _generators(module: nn.Module) -> Iterator[torch.Generator]:
-    found = {id(v): v for m in module.modules() for v in vars(m).values() if isinstance(v, torch.Generator)}
-    return iter(found.values())
+def _compiled(keeps: Keeps, _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """A policy as torch takes it."""
+    return CheckpointPolicy.MUST_SAVE if keeps(op, *args, **kwargs) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _plain_call(func: Callable[..., Any], inputs: Sequence[Any], params: Any, flag: bool) -> Any:
