@@ -3,6 +3,10 @@
 A home is a flat tensor that anybody may read and write: the memory that a parameter has on a CPU, pinned memory for a
 CUDA device, or a part of a mapped file. A :class:`Weight` is a parameter that has its home as its data while it is away
 and a copy on the device while it is there.
+
+What was written to the copy is taken home. Autograd's count of writes tells of it, but not always: torch's fused
+optimizers, those of other libraries and ``parameter.data`` go past it. So an optimizer's step counts as a write, and so
+does a gradient's arrival where somebody else has a hook on the parameter, who may step it there.
 """
 
 from __future__ import annotations
@@ -65,6 +69,10 @@ class Home:
     def wait(self) -> None:
         """Wait for copies from here that are under way: somebody may write here now."""
 
+    def keep(self, near: Tensor) -> None:
+        """Take over what a copy has become."""
+        self.flat.copy_(near)
+
     def leave(self, device: torch.device) -> Tensor:
         """The values, flat, on a device and in memory of their own."""
         return self.flat if self.flat.device == device else self.flat.to(device)
@@ -123,6 +131,11 @@ class FileHome(Home):
     def in_place(self) -> bool:
         return self.file.holds(self.flat, self.start)
 
+    def keep(self, near: Tensor) -> None:
+        near = near.cpu()
+        if not torch.equal(near.view(torch.uint8), self.flat.view(torch.uint8)):  # pages written to are not the file's
+            self.flat.copy_(near)
+
     def leave(self, device: torch.device) -> Tensor:
         if self.file.private and device.type == "cpu":  # where its owner had put it
             return self.flat
@@ -172,6 +185,8 @@ class Weight:
         """Its data while it is there."""
         self.arrive: Callable[[], None] = lambda: None
         """Has it on the device."""
+        self.written = False
+        """Whether somebody may have written to it since its copy was begun, without autograd's notice."""
         self._away: Tensor | None = None  # its data while it is away
         self._version = version_of(self.parameter)
         self._grad: Tensor | None = None  # of the home's device, while the weight is on another
@@ -219,7 +234,20 @@ class Weight:
             return
         if self.device.type != "cpu":  # a gradient is added where the weight is, so it has to be there
             self._hooks.append(self.parameter.register_hook(lambda grad: self.arrive()))
-        self._hooks.append(self.parameter.register_post_accumulate_grad_hook(_account))
+        weight = weakref.ref(self)  # such hooks are not seen by the garbage collector
+
+        def arrived(parameter: Tensor) -> None:
+            _account(parameter)
+            if (found := weight()) is not None:
+                hooks = parameter._post_accumulate_grad_hooks, parameter._backward_hooks
+                found.written |= sum(len(some) for some in hooks if some) > len(found._hooks)
+
+        self._hooks.append(self.parameter.register_post_accumulate_grad_hook(arrived))
+
+    @property
+    def _changed(self) -> bool:
+        """Whether it is not, or may not be, what it was when its copy was begun."""
+        return self.written or version_of(self.parameter) != self._version
 
     @property
     def size(self) -> tuple[int, torch.dtype]:
@@ -230,6 +258,7 @@ class Weight:
         """Begin to make the copy on the device; None for one that has no home."""
         if self.home is None or not self.is_used or not self.is_at_home:
             return None
+        self._version, self.written = version_of(self.parameter), False
         with torch.inference_mode(False):
             return self.home.begin(self.device, spare)
 
@@ -238,7 +267,11 @@ class Weight:
         if self._away is None or not self.is_at_home:  # somebody gave it other data meanwhile
             return
         moved(near, "device", "parameters")
-        self._version = version_of(self.parameter)
+        if self._changed:  # while it was on its way
+            assert self.home is not None
+            with torch.no_grad(), torch.inference_mode(False), off_the_books():
+                near.copy_(self.home.flat)
+            self._version, self.written = version_of(self.parameter), False
         self.near = near
         if self.device != self._away.device:
             self._grad, self.parameter.grad = self.parameter.grad, None
@@ -261,9 +294,9 @@ class Weight:
     def _go_from(self, near: Tensor) -> None:
         if self.home is None or self._away is None or storage_of(self.parameter) != storage_of(near):
             return
-        if version_of(self.parameter) != self._version:
+        if self._changed:
             with torch.no_grad(), torch.inference_mode(False), off_the_books():
-                self.home.flat.copy_(near)
+                self.home.keep(near)
         if self.device == self._away.device:
             self._become(self._away)
             return

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from memopt.core import Edit
@@ -169,6 +170,7 @@ class Steps:
             try:
                 self.raw(optimizer)
             finally:
+                increment_version(parameters)  # fused kernels do not tell autograd
                 self.put(optimizer, parameters)
 
     def put(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:

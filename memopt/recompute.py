@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +23,10 @@ from torch.utils._pytree import tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from memopt.policies import Keeps
+from memopt.replay import Replay
 from memopt.saved import Pack, Passed, Stays, Unpack, hold_for_now, hooks_in_force, recomputes
 from memopt.selective import Record
 from memopt.tensors import is_memory, storage_of, version_of
-
-SMALL_BUFFER = 1 << 20
-"""Buffers of up to this many bytes are kept for recomputation even if nothing shows that forward changed them: batch
-norm's kernels update statistics without telling autograd."""
 
 
 class Run:
@@ -63,9 +60,7 @@ class Run:
         """Which of the leaves the block changes in place, so that copies of them are kept."""
         self.learned: frozenset[int] = frozenset()
         """Which were changed in a call that was watched."""
-        self.replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []  # parameters and buffers of the forward
-        self.modes: list[tuple[nn.Module, bool]] = []
-        self.generators: list[tuple[torch.Generator, Tensor]] = []
+        self.replay: Replay | None = None  # the module as it was when the forward began
         self.record = Record(keeps) if keeps is not None else None
         self.saves = _Saves(self.record, hooks_in_force())
         self.joined: dict[int, _Joined] = {}
@@ -100,24 +95,13 @@ class Run:
         return [leaf.clone() if i in self.mutated else _copy_cache(leaf) for i, leaf in enumerate(leaves)]
 
     def forward(self) -> Any:
-        self.generators = [(g, g.get_state()) for g in _generators(self.module)]
-        self.modes = [(m, m.training) for m in self.module.modules()]
-        # The parameters themselves: functional_call may have put others in place by the time of the recomputation.
-        self.replaced = [(m._parameters, dict(m._parameters)) for m, _ in self.modes if m._parameters]
-        before = [
-            (m._buffers, {n: (b, version_of(b), b.detach().clone()) for n, b in m._buffers.items() if b is not None})
-            for m, _ in self.modes
-            if m._buffers
-        ]
-        self.saves.begin([p for _, held in self.replaced for p in held.values() if p is not None], self.leaves)
+        self.replay = Replay(self.module, writes=True)
+        self.saves.begin([p for _, held in self.replay.held for p in held.values() if p is not None], self.leaves)
         args, kwargs = self.arguments
         with self.record.keeping() if self.record is not None else contextlib.nullcontext(), self.saves.forward():
             output = self.inner(*args, **kwargs)
         self.saves.end()
-        for buffers, old in before:
-            changed = any(buffers[name] is not b or version_of(b) != version for name, (b, version, _) in old.items())
-            kept = {n: value for n, (_, _, value) in old.items() if changed or value.nbytes <= SMALL_BUFFER}
-            self.replaced.append((buffers, kept))
+        self.replay.ran()
         self.arguments, self.leaves = None, ()
         return output
 
@@ -126,36 +110,26 @@ class Run:
         for i, joined in self.joined.items():
             given[i] = joined.whole().detach().requires_grad_()
         args, kwargs = tree_unflatten(given, self.spec)
-        states = [(g, g.get_state()) for g, _ in self.generators]
-        current = [(held, {name: held[name] for name in old}) for held, old in self.replaced]
-        modes = [(m, m.training) for m, _ in self.modes]
-        try:
-            for generator, state in self.generators:
-                generator.set_state(state)
-            for held, old in self.replaced:
-                # Buffers as copies: the recomputation changes them once more. Parameters as they are.
-                held.update({n: v if isinstance(v, nn.Parameter) or v is None else _scratch(v) for n, v in old.items()})
-            for module, mode in self.modes:
-                module.training = mode
-            with self.record.handing() if self.record is not None else contextlib.nullcontext(), self.saves.again():
-                return self.inner(*args, **kwargs)
-        finally:  # also when torch stops the recomputation early, by an exception
-            for generator, state in states:
-                generator.set_state(state)
-            for held, now in current:
-                held.update(now)
-            for module, mode in modes:
-                module.training = mode
+        assert self.replay is not None
+        with (
+            self.replay.again(),
+            self.record.handing() if self.record is not None else contextlib.nullcontext(),
+            self.saves.again(),
+        ):
+            return self.inner(*args, **kwargs)
 
-    def copying(self, leaves: Sequence[Any]) -> Any:
-        """The first call of a block inside another's checkpoint, which must save what later calls do, in their order:
-        as if it changed all its inputs."""
-        tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not leaf.is_inference()}
-        before = {i: leaf._version for i, leaf in tensors.items()}
-        self.mutated = frozenset(tensors)
-        output = self.checkpointed(leaves)
-        self.learned = frozenset(i for i, t in tensors.items() if t._version != before[i])
-        return output
+    def tried(self, leaves: Sequence[Any]) -> Any:
+        """The first call of a block inside another's checkpoint, which must save what later calls do: the block is run
+        once for nothing before, to learn which inputs it changes."""
+        copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else _copy_cache(leaf) for leaf in leaves]
+        devices = {leaf.device for leaf in copies if isinstance(leaf, Tensor) and leaf.is_cuda}
+        args, kwargs = tree_unflatten(copies, self.spec)
+        unseen = self.record.unseen() if self.record is not None else contextlib.nullcontext()
+        with torch.no_grad(), torch.random.fork_rng(devices), unseen, Replay(self.module, writes=True).again():
+            self.inner(*args, **kwargs)
+        changed = [isinstance(leaf, Tensor) and leaf._version > 0 for leaf in copies]
+        self.mutated = self.learned = frozenset(i for i, was in enumerate(changed) if was)
+        return self.checkpointed(leaves)
 
     def watched(self, leaves: list[Any]) -> Any:
         """The first call of a block in one way: learn whether it changes its inputs in place."""
@@ -363,11 +337,6 @@ def _save(tensor: Tensor, outside: tuple[Pack, Unpack] | None) -> Any:
     return Passed(outside, tensor) if outside is not None else Stays(tensor)
 
 
-def _scratch(value: Tensor) -> Tensor:
-    """A buffer to recompute with; a tensor with history (a parameter that functional_call put in place) as it is."""
-    return value if value.requires_grad else value.clone()
-
-
 def _copy_cache(leaf: Any) -> Any:
     """A copy of a transformers key-value cache that shares its tensors; anything else as it is.
 
@@ -385,8 +354,3 @@ def _copy_cache(leaf: Any) -> Any:
         else:
             setattr(twin, name, _copy_cache(value))
     return twin
-
-
-def _generators(module: nn.Module) -> Iterator[torch.Generator]:
-    found = {id(v): v for m in module.modules() for v in vars(m).values() if isinstance(v, torch.Generator)}
-    return iter(found.values())

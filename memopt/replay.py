@@ -8,26 +8,50 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from memopt.tensors import version_of
+
+SMALL_BUFFER = 1 << 20
+"""Buffers of up to this many bytes are kept for recomputation even if nothing shows that forward changed them: batch
+norm's kernels update statistics without telling autograd."""
+
 
 class Replay:
     """Remembers what a module's forward depends on and torch's checkpoint does not restore.
 
     Training modes, the parameters and buffers in use (``torch.func.functional_call`` puts others in place while it
     runs), and the states of generators that modules hold.
+
+    Args:
+        writes: whether forward may write to buffers. Copies of them are kept then, and each computation gets its own.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, writes: bool = False) -> None:
         modules = list(module.modules())
         self.modes = [(m, m.training) for m in modules]
-        self.held = [(held, dict(held)) for m in modules for held in (m._parameters, m._buffers) if held]
+        kinds = ("_parameters",) if writes else ("_parameters", "_buffers")
+        self.held = [(held, dict(held)) for m in modules for kind in kinds if (held := getattr(m, kind))]
+        self.written = [
+            (m._buffers, {n: (b, version_of(b), b.detach().clone()) for n, b in m._buffers.items() if b is not None})
+            for m in modules
+            if writes and m._buffers
+        ]
         found = {id(v): v for m in modules for v in vars(m).values() if isinstance(v, torch.Generator)}
+        self.copies = [(held, {n: copy for n, (_, _, copy) in old.items()}) for held, old in self.written]
         self.generators = [(generator, generator.get_state()) for generator in found.values()]
+
+    def ran(self) -> None:
+        """Forward is done: drop copies of what it has not written to."""
+        for (held, old), (_, copies) in zip(self.written, self.copies, strict=True):
+            if not any(held[n] is not b or version_of(b) != version for n, (b, version, _) in old.items()):
+                for name in [n for n, copy in copies.items() if copy.nbytes > SMALL_BUFFER]:
+                    del copies[name]
+        self.written = []
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """The module is as it was; afterwards it is as it is now, also when torch stops a recomputation early."""
         modes = [(m, m.training) for m, _ in self.modes]
-        held = [(place, {name: place[name] for name in old}) for place, old in self.held]
+        held = [(held, {name: held[name] for name in old}) for held, old in [*self.held, *self.copies]]
         states = [(generator, generator.get_state()) for generator, _ in self.generators]
         try:
             self.restore()
@@ -37,7 +61,8 @@ class Replay:
 
     def restore(self) -> None:
         """Make the module as it was."""
-        self._put(self.modes, self.held, self.generators)
+        copies = [(held, {name: copy.clone() for name, copy in old.items()}) for held, old in self.copies]
+        self._put(self.modes, [*self.held, *copies], self.generators)
 
     @staticmethod
     def _put(modes: list, held: list, states: list) -> None:  # type: ignore[type-arg]

@@ -86,10 +86,14 @@ def hooks_in_force() -> tuple[Pack, Unpack] | None:
 def in_checkpoint() -> bool:
     """Whether what autograd saves here is not kept, because a checkpoint will compute it again."""
     hooks = hooks_in_force()
-    pack: Any = None if hooks is None else hooks[0]
-    while isinstance(pack, functools.partial):  # a profile looks at what hooks keep
-        pack = pack.args[0]
-    return getattr(pack, "recomputes", False) or getattr(pack, "__module__", "") == "torch.utils.checkpoint"
+    while hooks is not None:
+        pack: Any = hooks[0]
+        while isinstance(pack, functools.partial):  # a profile looks at what hooks keep
+            pack = pack.args[0]
+        if getattr(pack, "recomputes", False) or getattr(pack, "__module__", "") == "torch.utils.checkpoint":
+            return True
+        hooks = getattr(getattr(pack, "__self__", None), "outer", None)  # of ours, which pass on what is kept
+    return False
 
 
 def hooks_allowed() -> bool:

@@ -103,7 +103,7 @@ class Skip(StandIn):
         """The tensor, from wherever it is."""
         if self.here is None:
             assert self.away is not None
-            with torch.no_grad(), torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():  # in this order: the former turns gradients on
                 flat = self.away.parked.get()
                 # A view might not be changed in place; its data may.
                 tensor = flat.as_strided(self._size, self._stride, self._offset - self.away.start).data

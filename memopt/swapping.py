@@ -18,6 +18,7 @@ import functools
 import sys
 import threading
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memopt.homes import Arrival, Reader, Weight, find_homes
 from memopt.saved import Passed, Stays, check_version, hooks_allowed, hooks_in_force
@@ -162,6 +164,8 @@ class Swapper:
         self._follows: dict[Phase, bool] = {"forward": True, "backward": True}
         self._tasks: set[int] = set()  # of autograd, at whose end the units go
         self._near: dict[int, tuple[Unit, Weight]] = {}  # by storage
+        self._unfollow = _follow_steps(weakref.ref(self))
+        weakref.finalize(self, self._unfollow)
 
     def settle(self) -> None:
         """Find homes for the weights that have none, or have got other data since."""
@@ -176,6 +180,7 @@ class Swapper:
     def remove(self) -> None:
         """Put all weights back on the device they came from, for good."""
         with self._lock:
+            self._unfollow()
             self._let_all_go()
             kept = 0
             for weight in [weight for unit in self.units for weight in unit.weights]:
@@ -187,6 +192,15 @@ class Swapper:
             self.units = []
             if kept:
                 warnings.warn(f"{kept} weights stay off the device: there is no room for them", stacklevel=2)
+
+    def step_begins(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer may write to its weights, not all of which are at home: it is stepped in forward or backward."""
+        with self._lock:
+            near = [w for unit in self.units if unit.loaded or unit.coming for w in unit.weights]
+            if near:
+                stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+                for weight in near:
+                    weight.written |= id(weight.parameter) in stepped
 
     # --- forward and backward ------------------------------------------------------------------------------------
 
@@ -393,6 +407,16 @@ class _Noted:
         with torch.no_grad():
             data = self.weight.parameter.detach() if near is None else near
             return data.as_strided(self.size, self.stride, self.offset)
+
+
+def _follow_steps(swapper: weakref.ref[Swapper]) -> Callable[[], None]:
+    """Have a swapper know of every optimizer's steps; returns how to end that."""
+
+    def begins(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if (found := swapper()) is not None:
+            found.step_begins(optimizer)
+
+    return register_optimizer_step_pre_hook(begins).remove
 
 
 def _phase() -> Phase:

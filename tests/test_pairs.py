@@ -22,7 +22,7 @@ from memopt import NothingToDo, PassConflict
 from memopt.cli import main
 from memopt.conflicts import conflicts
 from memopt.passes import AMP, OptimizerInBackward
-from tests.pairs import GPT2, HAE, MONAI, PASSES, SUBJECTS, in_order
+from tests.pairs import HAE, MONAI, PASSES, SUBJECTS, in_order
 from tests.zoo import differences, fingerprint
 
 # torch says so under plain autocast too, where a norm in float32 meets half-precision input.
@@ -35,18 +35,32 @@ COSTS = {
     "fused_optimizer": "its kernels take the count of steps of each parameter on the device",
 }
 """Passes with which the peak is above that of the untouched model: what takes the memory."""
+EVERYWHERE = ("hae_v2", "monai_unet", "dit", "gpt2")
 RECOMPUTED = "what is computed again is on the device until its backward; offloading alone brings back one by one"
+COPIED = "group norms of CUDA save copies in their own layout, which lean_ops does not see being made"
 ABOVE = {
-    ("checkpoint", "offload_activations"): (("hae_v2", "monai_unet", "dit", "gpt2"), RECOMPUTED),
-    ("grad_accumulation", "offload_activations"): (("gpt2",), RECOMPUTED),
-    ("lean_ops", "offload_activations"): (("gpt2",), RECOMPUTED),
+    ("checkpoint", "offload_activations"): (EVERYWHERE, RECOMPUTED),
+    ("grad_accumulation", "offload_activations"): (EVERYWHERE, RECOMPUTED),
+    ("lean_ops", "offload_activations"): (
+        EVERYWHERE,
+        "what several tensors are made from comes back once, and stays for the last of them",
+    ),
     ("fused_attention", "offload_activations"): (
         ("hae_v2",),
         "the fused kernel's backward holds q, k, v and their gradients at once; written out, they come back in turn",
     ),
     ("amp", "lean_ops"): (
-        ("gpt2", "monai_unet"),
-        "autocast keeps copies of weights, which a small model has more of than lean_ops leaves of activations",
+        ("gpt2",),
+        "autocast casts the argument of a power to float32 inside the call, where lean_ops does not see it",
+    ),
+    ("channels_last", "lean_ops"): (("hae_v2", "monai_unet"), COPIED),
+    ("channels_last", "offload_skips"): (
+        ("hae_v2", "monai_unet"),
+        "the copies for kernels make the peak, at a moment when no skip connection waits",
+    ),
+    ("lean_ops", "offload_skips"): (
+        ("monai_unet",),
+        "lean_ops does not know the tensor of a skip connection that came back, and keeps the concatenation with it",
     ),
 }
 """Pairs whose peak is above that of one of the two alone: on which models, and why that is as it must be."""
@@ -75,8 +89,9 @@ def check_results(subject, names):
     expected, found = subject.results(rest).values(), subject.results(names).values()
     assert found.keys() == expected.keys()
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
-    # Parts of a batch draw other dropout masks than the whole.
-    reference = tuple(n for n in rest if n == "grad_accumulation" and subject not in (HAE, MONAI))
+    # Parts of a batch draw other dropout masks than the whole, and so do tensors of another layout.
+    draws = () if subject in (HAE, MONAI) else ("grad_accumulation", "channels_last")
+    reference = tuple(name for name in rest if name in draws)
     if rest == reference or len(rest) < 2:  # one alone: tests/test_contract.py
         return
     plain, found = subject.results(reference), subject.results(rest)
@@ -113,11 +128,11 @@ def test_pair(subject, names):
 
 
 def peaks():
-    """Where peaks are compared: all pairs on two models, and on the others those that both change the model."""
+    """Where peaks are compared: all pairs on HAE V2, and on others those of passes that change what a model keeps."""
     for subject in SUBJECTS:
-        for names in PAIRS:
-            whole = subject in (HAE, GPT2) or not HAE.about(names, "optimizer", "loop")
-            if whole and (names == tuple(sorted(names)) or subject is GPT2):
+        for names in sorted({in_order(tuple(sorted(names))) for names in PAIRS}):
+            others = {*HAE.about(names, "optimizer", "loop"), *({*names} & {"inference_mode", "release"})}
+            if subject is HAE or (subject.name in EVERYWHERE and not others):
                 yield pytest.param(subject, names, id=f"{subject}-{'-'.join(names)}")
 
 
@@ -158,7 +173,7 @@ def test_results_of_a_larger_set(names):
     check_results(HAE, chosen)
 
 
-@settings(max_examples=40, derandomize=True, deadline=None, database=None)
+@settings(max_examples=12, derandomize=True, deadline=None, database=None)
 @given(SETS)
 def test_peak_of_a_larger_set(names):
     """At most that of the best of them alone and what others cost, where no two of them are an exception."""

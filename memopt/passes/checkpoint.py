@@ -43,8 +43,8 @@ from memopt.core import Edit
 from memopt.errors import InputError
 from memopt.policies import Keeps, check_policy, keeps_of
 from memopt.recompute import Run
+from memopt.recording import recording
 from memopt.registry import Claim, Context, Pass, matching_modules
-from memopt.remat import recording
 from memopt.saved import in_checkpoint
 
 
@@ -147,7 +147,7 @@ def _forward(keeps: Keeps | None, module: nn.Module, inner: Callable[..., Any], 
         if not in_checkpoint() and recording() is None:
             run.keep_in_parts()
         return run.checkpointed(leaves)
-    output = run.copying(leaves) if in_checkpoint() else run.watched(leaves)
+    output = run.tried(leaves) if in_checkpoint() else run.watched(leaves)
     seen[way] = run.learned
     return output
 

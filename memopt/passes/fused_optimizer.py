@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from memopt.core import Edit
@@ -82,6 +83,7 @@ class FusedOptimizer(Pass):
                 edit.set(optimizer, "_need_device_dtype_check_for_fused", True)  # what torch notes where it is made so
                 if not isinstance(optimizer, torch.optim.Adagrad):
                     edit.set(optimizer, "_step_supports_amp_scaling", True)  # a GradScaler lets the kernel unscale
+                edit.hook(optimizer.register_step_post_hook, _tell)
 
 
 class _Switches:
@@ -116,6 +118,12 @@ class _Switches:
 
     def _of(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return {name: group[name] for name in self._options if name in group}
+
+
+def _tell(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Count the writes for autograd, which the fused kernels leave out: backward must not use a graph made before."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    increment_version(parameters)
 
 
 def _move_step(state: dict[str, Any], device: torch.device) -> None:

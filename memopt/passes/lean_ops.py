@@ -20,8 +20,8 @@ from torch.autograd import forward_ad
 
 from memopt.cheap import FAMILIES
 from memopt.core import Edit
+from memopt.recording import Recording, recording
 from memopt.registry import Claim, Context, Pass
-from memopt.remat import Recording, recording
 from memopt.saved import hooks_allowed, hooks_in_force
 from memopt.source import names_in
 from memopt.tensors import storage_of

@@ -110,7 +110,10 @@ class OffloadSkips(Pass):
         def plainly(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
             args, kwargs = made(args), made(kwargs)
             with contextlib.ExitStack() as stack:
-                if any(isinstance(mode, Learner) for mode in _get_current_function_mode_stack()):
+                modes = _get_current_function_mode_stack()
+                if modes and all(
+                    isinstance(mode, Learner) for mode in modes
+                ):  # others are there in later forwards, too
                     stack.enter_context(torch._C.DisableTorchFunction())
                 return inner(*args, **kwargs)
 

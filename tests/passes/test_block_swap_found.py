@@ -1,12 +1,14 @@
 """What reviews have found to break weights that come and go."""
 
 import copy
+import gc
 import threading
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
 
 import memopt
 from memopt import InputError
@@ -303,3 +305,124 @@ def test_blocks_without_gradients_and_threads_that_read(both):
     thread.join()
     assert all(results)
     assert isinstance(model.blocks[0], Block)
+
+
+def by_optimizer(make):
+    """Each parameter is stepped when its gradient is there, as torch's tutorial does it."""
+
+    def follow(parameters):
+        def step(parameter):
+            own[parameter].step()
+            parameter.grad = None
+
+        own = {parameter: make([parameter]) for parameter in parameters}
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(step)
+
+    return follow
+
+
+def by_nodes(parameters):
+    """Stepped by hooks on autograd's nodes, as torch.distributed.optim does it: the parameters do not show them."""
+
+    def node_hook(parameter):
+        optimizer = torch.optim.SGD([parameter], lr=0.1, fused=True)
+
+        def step(*_):
+            optimizer.step()
+            parameter.grad = None
+
+        return step
+
+    for parameter in parameters:
+        node = parameter.view_as(parameter).grad_fn.next_functions[0][0]
+        node.register_hook(node_hook(parameter))
+        NODES.append(node)
+
+
+def by_data(parameters):
+    """Stepped by hand, past autograd, when the next gradient comes."""
+
+    def step(_):
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.data -= 0.1 * parameter.grad
+                parameter.grad = None
+
+    for parameter in parameters:
+        parameter.register_hook(step)
+
+
+NODES = []  # a hook is on a node that lives
+STEPS = {
+    "loop": by_optimizer(lambda p: torch.optim.AdamW(p, lr=0.1, foreach=False)),
+    "foreach": by_optimizer(lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True)),
+    "fused": by_optimizer(lambda p: torch.optim.AdamW(p, lr=0.1, fused=True)),
+    "nodes": by_nodes,
+    "data": by_data,
+}
+
+
+@pytest.mark.parametrize("how", STEPS)
+def test_steps_in_backward_are_kept(both, how):
+    for model in both:
+        STEPS[how](list(model.parameters()))
+        for seed in range(3):
+            model(batch(seed)).square().mean().backward()
+    NODES.clear()
+    assert_equal(both[0].state_dict().values(), both[1].state_dict().values())
+    assert not torch.equal(both[0].blocks[1].up.weight, stack().blocks[1].up.weight)
+
+
+def test_steps_of_fused_optimizers_in_forward_are_kept(both):
+    for model in both:
+        weight = model.blocks[2].up.weight
+        optimizer = torch.optim.SGD([weight], lr=0.5, fused=True)
+        model.blocks[2].up.register_forward_pre_hook(lambda *_, step=optimizer.step: step() and None)
+        weight.grad = torch.ones_like(weight)
+    for _ in range(3):
+        assert torch.equal(both[0](batch()), both[1](batch()))
+    assert_equal(both[0].state_dict().values(), both[1].state_dict().values())
+
+
+@pytest.mark.parametrize("how", ["in place", "fused"])
+def test_what_is_written_while_a_copy_is_on_its_way_counts(both, how):
+    for model in both:
+        weight = model.blocks[2].up.weight
+        weight.grad = torch.ones_like(weight)
+        optimizer = torch.optim.SGD([weight], lr=0.5, fused=how == "fused", foreach=False)
+        model.blocks[1].register_forward_pre_hook(lambda *_, step=optimizer.step: step() and None)
+    for _ in range(3):
+        assert torch.equal(both[0](batch()), both[1](batch()))
+    assert_equal(both[0].state_dict().values(), both[1].state_dict().values())
+
+
+def test_who_only_looks_at_gradients_writes_nothing(loaded):
+    """Weights in a user's file stay there."""
+    handle, plain = loaded
+    files = [
+        (w.home.file, w.home.start, w.bytes)
+        for unit in vars(handle.model)["_memopt_swapper"].units
+        for w in unit.weights
+    ]
+    seen = []
+    for parameter in handle.model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    assert_equal(gradients_of(handle.model), gradients_of(plain))
+    assert len(seen) == len(list(plain.parameters()))
+    assert not any(file.written(start, size) for file, start, size in files)
+
+
+def test_nobody_follows_optimizers_afterwards():
+    gc.collect()
+    before = len(hooks)
+    handle = memopt.apply(stack(), [BlockSwap()])
+    assert len(hooks) == before + 1
+    handle.undo()
+    assert len(hooks) == before
+    model = stack()
+    memopt.apply(model, [BlockSwap()])
+    copy.deepcopy(model)(batch())
+    del model, handle
+    gc.collect()
+    assert len(hooks) == before

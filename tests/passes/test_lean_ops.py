@@ -326,6 +326,13 @@ def test_checkpoints_around_and_inside():
     same(blocks, [LEAN, Checkpoint(), OffloadActivations(min_bytes=1)])
 
 
+@pytest.mark.parametrize("to", ["cpu", "disk"])
+@pytest.mark.parametrize("model", [Joined(), Shifted(), Enlarged()], ids=lambda model: type(model).__name__)
+def test_what_is_kept_moves_out(model, to):
+    """Also where only a part of a storage does."""
+    same(model, [LEAN, OffloadActivations(to=to, min_bytes=1)])
+
+
 def test_inside_a_checkpoint_fewer_tensors_are_there_at_a_time():
     torch.manual_seed(0)
     deep = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.SiLU())))

@@ -321,7 +321,7 @@ def test_options_are_checked():
 
 def test_with_weights_that_come_and_go():
     """Each with block_swap: a step in backward writes to the weight that is there."""
-    for passes in EXACT.values():
+    for passes in [*EXACT.values(), [FusedOptimizer(), OptimizerInBackward()]]:
         results = []
         for swapped in (False, True):
             torch.manual_seed(0)
@@ -354,6 +354,18 @@ def test_fused_steps_are_equal_to_rounding(name):
     assert vars(optimizer).keys() == vars(reference).keys()
     for a, b in zip(reference.param_groups, optimizer.param_groups, strict=True):
         assert {k: v for k, v in a.items() if k != "params"} == {k: v for k, v in b.items() if k != "params"}
+
+
+@pytest.mark.parametrize("more", [[], [OptimizerInBackward()]], ids=str)
+def test_fused_steps_count_as_writes(more):
+    """As without the pass: backward through a graph that was made before a step is an error."""
+    for passes in ([], [FusedOptimizer(), *more]):
+        model, optimizer, _, _ = build(OPTIMIZERS["adamw"], passes)
+        loss = model(torch.randn(2, 3, 6, 6)).sum()
+        loss.backward(retain_graph=True)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 def test_fused_where_it_is_not():

@@ -1,0 +1,305 @@
+"""Finding out how a model's tensors came about, and deciding which of those that autograd saves are made again.
+
+A :class:`Recording` is a function mode and a pair of saved-tensor hooks around a forward. As the mode it notes each
+cheap operation (`cheap.py`) with the values it was given (`remat.py`). As hooks it decides for each tensor: if what its
+calls began with is kept anyway, or is smaller, that is kept in its place.
+
+In a checkpoint, forward and recomputation must decide alike. So nothing depends on how long Python objects live or on
+the sizes of storages, which may be others the second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import weakref
+from collections import Counter, deque
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from memopt import cheap
+from memopt.deferred import StandIn
+from memopt.deferred.value import saving_hooks
+from memopt.remat import Argument, Call, Here, Saved, Value, bytes_of, leaves, mapped, span, unpack
+from memopt.saved import Pack, Passed, Unpack
+from memopt.tensors import PLAIN, is_memory, storage_of, version_of
+
+DEEP = 16
+"""Calls one after another that are made again at most."""
+RECENT = 16
+"""Calls for which something that nobody keeps is held, in case a result of it is saved."""
+SMALL_BUFFER = 1 << 16
+"""Bytes of a buffer of which a copy is kept to make something from it again."""
+
+
+class Recording(TorchFunctionMode):
+    """While active, what autograd saves is kept by what it was made from, where that takes fewer bytes.
+
+    Args:
+        outer: hooks further out, which get what is kept; None: it is kept here.
+        parameters: storages that the model keeps.
+        buffers: storages that it keeps and may write to at any time.
+        least: bytes; smaller storages are kept as they are.
+        counts: gets the numbers of what is made again.
+    """
+
+    def __init__(
+        self,
+        outer: tuple[Pack, Unpack] | None,
+        parameters: Collection[int],
+        buffers: Collection[int],
+        least: int,
+        counts: Counter[str],
+    ) -> None:
+        super().__init__()
+        self.outer, self.least, self.counts = outer, least, counts
+        # Hooks further out may be those that let weights come and go, which have other storages then.
+        self.parameters, self.buffers = parameters if outer is None else frozenset(), buffers
+        self.hooks: Any = None
+        self._values = WeakIdKeyDictionary()  # by storage
+        self._borrowed: deque[tuple[int, weakref.ref[Value]]] = deque()
+        self._calls = 0
+        self._undecided: list[tuple[Saved, Tensor]] | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether what autograd saves comes here."""
+        return torch.is_grad_enabled() and self.hooks == saving_hooks()
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Be the mode and the hooks of a forward."""
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, unpack):
+            self.hooks = saving_hooks()
+            _running.recordings.append(self)
+            try:
+                with self:
+                    yield
+            finally:
+                _running.recordings.pop()
+                while self._borrowed:
+                    self._let_go()
+                # Others may hold the hooks, and by them this, until backward.
+                self._values, self.hooks = WeakIdKeyDictionary(), ()
+
+    # --- what autograd saves -------------------------------------------------------------------------------------
+
+    def pack(self, tensor: Tensor) -> Any:
+        """What stands for a tensor until backward."""
+        if not is_memory(tensor) or tensor.is_inference() or bytes_of(tensor) < self.least:
+            return self._as_it_is(tensor)
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.parameters or storage._cdata in self.buffers:
+            return self._as_it_is(tensor)
+        value = self._known(tensor)
+        if value is None:
+            value = Value(tensor)
+            self._remember(tensor, value)
+        saved = Saved(value, tensor)
+        if self._undecided is None:
+            self._decide(saved, tensor)
+        else:  # may be the result of this very call
+            self._undecided.append((saved, tensor.detach()))
+        return saved
+
+    def _as_it_is(self, tensor: Tensor) -> Any:
+        return Here(tensor) if self.outer is None else Passed(self.outer, tensor)
+
+    def _decide(self, saved: Saved, tensor: Tensor) -> None:
+        value = saved.value
+        if value.call is not None:
+            sources = [source for source in value.path() if source.call is None]
+            gone = any(source.gone for source in sources)
+            if gone or sum(source.bytes for source in sources if not source.kept) >= value.bytes:
+                value.keep(tensor, self.outer)
+                self._remember(tensor, value)
+            else:
+                for source in sources:
+                    source.keep(None, self.outer)
+                self.counts["tensors made again"] += 1
+                self.counts["bytes not kept"] += tensor.nbytes
+        else:
+            value.keep(None, self.outer)
+        saved.waits()
+
+    # --- what the model computes ---------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a part of the model is; its compiler decides what to keep
+            return func(*args, **kwargs)
+        if cheap.writes(func, args, kwargs):
+            self._settle([*args[:1], kwargs.get("out")])
+            if isinstance(args[0] if args else None, Tensor) and storage_of(args[0]) in self.buffers:
+                return func(*args, **kwargs)
+        if not self.on:
+            return func(*args, **kwargs)
+        if func in cheap.PRODUCTS:
+            return func(*self._lowered(args), **kwargs)
+        again = cheap.OPERATIONS.get(func)
+        if again is None or "out" in kwargs:
+            return func(*args, **kwargs)
+        args = mapped(args, functools.partial(self._brought, func))
+        given = list(leaves((args, kwargs)))
+        if not all(map(self._usable, given)) or not any(isinstance(leaf, Tensor) for leaf in given):
+            return func(*args, **kwargs)
+        return self._made(func, again, args, kwargs)
+
+    def _made(self, func: Any, again: cheap.Again, args: Any, kwargs: Any) -> Any:
+        if func in cheap.JOINS:
+            args = mapped(args, self._with_own_gradient)
+        how = again(func, args, kwargs)
+        if how is None:
+            return func(*args, **kwargs)
+        compute, replay = how
+        tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        before = {tensor.untyped_storage()._cdata for tensor in tensors}
+        target = args[0] if cheap.writes(func, args, kwargs) else None
+        self._calls += 1
+        while self._borrowed and self._borrowed[0][0] < self._calls - RECENT:
+            self._let_go()
+        # Before the call, which may write to them.
+        given = mapped((replay.args, replay.kwargs), self._argument)
+        call = Call(replay.func, given[0], given[1], tensors[0].device)
+        self._undecided = []
+        try:
+            result = compute(*args, **kwargs)
+            if type(result) in PLAIN and is_memory(result):
+                storage = result.untyped_storage()
+                fresh = storage._cdata not in before and result.storage_offset() == 0
+                if (fresh or result is target) and storage.nbytes() == result.nbytes:
+                    self._record(result, call)
+            if call.autocast[1] and func in cheap.WIDENED:
+                self._find_cast([x for x in tensors if x.shape == tensors[0].shape])
+        finally:
+            undecided, self._undecided = self._undecided, None
+            for saved, tensor in undecided:
+                self._decide(saved, tensor)
+        return result
+
+    def _record(self, result: Tensor, call: Call) -> None:
+        """Note how a result was made; also for one that was saved while it was."""
+        value = Value(result, call)
+        if value.depth > DEEP:
+            return
+        self._remember(result, value)
+        storage = storage_of(result)
+        for saved, tensor in self._undecided or ():
+            if storage_of(tensor) == storage and saved.value.version == value.version:
+                saved.be(value, tensor)
+
+    def _find_cast(self, given: list[Tensor]) -> None:
+        """Note how autocast, which does not show, has made what was saved of an operation's only input."""
+        x = given[0]
+        if len(given) > 1 or x.dtype not in (torch.float16, torch.bfloat16):
+            return
+        for saved, tensor in self._undecided or ():
+            value = saved.value
+            if value.call is None and not value.kept and (tensor.dtype, tensor.shape) == (torch.float32, x.shape):
+                saved.be(Value(tensor, Call(Tensor.to, (self._argument(x), torch.float32), {}, x.device)), tensor)
+                self._remember(tensor, saved.value)
+
+    def _argument(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        storage = leaf.untyped_storage()._cdata
+        if storage in self.buffers:
+            leaf = leaf.detach().clone()
+            return Argument(Value(leaf), leaf)
+        value = self._known(leaf)
+        if value is None or value.gone:
+            if storage in self.parameters:
+                value = Value.free(leaf)
+                self._remember(leaf, value)
+                return Argument(value, leaf)
+            value = Value(leaf)
+            self._borrowed.append((self._calls, weakref.ref(value)))
+            self._remember(leaf, value)
+        return Argument(value, leaf)
+
+    def _known(self, tensor: Tensor) -> Value | None:
+        """What is known of the content of a tensor's storage."""
+        found = self._values.get(tensor.untyped_storage())
+        value: Value | None = found() if isinstance(found, weakref.ref) else found
+        if value is None or value.version != version_of(tensor) or value.dtype != tensor.dtype:
+            return None
+        start, stop = span(tensor)
+        return value if value.start <= start and stop <= value.stop else None
+
+    def _remember(self, tensor: Tensor, value: Value) -> None:
+        # What has the storage itself lives as long as something needs it; how to make it, as long as the storage. What
+        # hooks further out keep is not had here, and a recomputation must find the same known as forward did.
+        here = value.call is None and (self.outer is None or not value.kept)
+        self._values[tensor.untyped_storage()] = weakref.ref(value) if here else value
+
+    def _brought(self, func: Any, leaf: Any) -> Any:
+        """What a skip connection that may be away stands for."""
+        if not isinstance(leaf, StandIn) or not leaf.moves:
+            return leaf
+        tensor = leaf.make(func.__name__)
+        return cheap.OwnGradient.apply(tensor) if func in cheap.JOINS and tensor.requires_grad else tensor
+
+    def _with_own_gradient(self, leaf: Any) -> Any:
+        """A part of a concatenation; one that is used elsewhere, too, gets a gradient that keeps no others."""
+        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.nbytes >= self.least:
+            value = self._known(leaf)
+            if value is not None and value.kept:
+                return cheap.OwnGradient.apply(leaf)
+        return leaf
+
+    def _usable(self, leaf: Any) -> bool:
+        if not isinstance(leaf, Tensor):
+            return not isinstance(leaf, StandIn)
+        if not is_memory(leaf) or leaf.is_inference():
+            return False
+        storage = leaf.untyped_storage()
+        return storage._cdata not in self.buffers or storage.nbytes() <= SMALL_BUFFER
+
+    def _let_go(self) -> None:
+        value = self._borrowed.popleft()[1]()
+        if value is not None and not value.kept and value.call is None:
+            value.held = None
+
+    def _lowered(self, args: Any) -> Any:
+        """A product's arguments, the first cast as autocast would, but where it is seen."""
+        x = args[0]
+        dtype = cheap.lower_dtype(x) if isinstance(x, Tensor) and self._usable(x) else None
+        if dtype is None:
+            return args
+        return (self._made(Tensor.to, cheap.plainly, (x, dtype), {}), *args[1:])
+
+    def _settle(self, written: list[Any]) -> None:
+        """Before memory is changed: keep a copy of what others are made from."""
+        for tensor in leaves(written):
+            if isinstance(tensor, Tensor) and is_memory(tensor) and not tensor.is_inference():
+                value = self._known(tensor)
+                if value is None or value.call is not None:
+                    continue
+                if any(saved.value is not value for saved in value.waiting):
+                    value.kept = False
+                    part = tensor.detach().as_strided((value.stop - value.start,), (1,), value.start)
+                    value.keep(part.clone(), self.outer)
+                else:
+                    value.stale = True
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.recordings: list[Recording] = []
+
+
+_running = _Running()
+
+
+def recording() -> Recording | None:
+    """The recording that gets what autograd saves here."""
+    for found in reversed(_running.recordings):
+        if found.hooks == saving_hooks():
+            return found
+    return None
