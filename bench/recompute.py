@@ -24,18 +24,44 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import memopt
 from bench.claims import GIB, ROOT, step
-from memopt.passes import Checkpoint, OuterProduct
+from memopt.passes import (
+    AMP,
+    BlockSwap,
+    Checkpoint,
+    LeanOps,
+    OffloadActivations,
+    OffloadSkips,
+    Optimizer8bit,
+    OptimizerInBackward,
+    OuterProduct,
+)
 from memopt.recipe import load_recipe
 
+OUTER = [OuterProduct()]
+THREE = [*OUTER, Checkpoint(), LeanOps()]
+ALL = [*THREE, OffloadSkips(prefetch=0), OffloadActivations(prefetch=0), AMP(), Optimizer8bit()]
 ROWS: dict[str, list[Any]] = {
     "none": [],
-    "outer_product": [OuterProduct()],
-    "outer_product, checkpoint full": [OuterProduct(), Checkpoint()],
-    "outer_product, checkpoint cheap": [OuterProduct(), Checkpoint(policy="cheap")],
-    "outer_product, checkpoint full, layer": [OuterProduct(), Checkpoint(granularity="layer")],
-    "outer_product, checkpoint full, nested": [OuterProduct(), Checkpoint(granularity="nested")],
-    "outer_product, checkpoint cheap, layer": [OuterProduct(), Checkpoint(policy="cheap", granularity="layer")],
-    "outer_product, checkpoint cheap, nested": [OuterProduct(), Checkpoint(policy="cheap", granularity="nested")],
+    "outer_product": OUTER,
+    "outer_product, lean_ops": [*OUTER, LeanOps()],
+    "outer_product, checkpoint cheap": [*OUTER, Checkpoint(policy="cheap")],
+    "outer_product, checkpoint cheap, lean_ops": [*OUTER, Checkpoint(policy="cheap"), LeanOps()],
+    "outer_product, checkpoint full": [*OUTER, Checkpoint()],
+    "outer_product, checkpoint full, lean_ops": [*OUTER, Checkpoint(), LeanOps()],
+}
+"""What is timed, too."""
+MORE: dict[str, list[Any]] = {
+    "lean_ops": [LeanOps()],
+    "outer_product, checkpoint full, layer": [*OUTER, Checkpoint(granularity="layer")],
+    "outer_product, checkpoint full, nested": [*OUTER, Checkpoint(granularity="nested")],
+    "outer_product, checkpoint cheap, layer": [*OUTER, Checkpoint(policy="cheap", granularity="layer")],
+    "the three, offload_activations": [*THREE, OffloadActivations()],
+    "the three, offload_skips, offload_activations": [*THREE, OffloadSkips(), OffloadActivations()],
+    "those, amp bf16": [*THREE, OffloadSkips(), OffloadActivations(), AMP()],
+    "those, optimizer_8bit": [*THREE, OffloadSkips(), OffloadActivations(), AMP(), Optimizer8bit()],
+    "the same, nothing fetched ahead": [*ALL],
+    "those, optimizer_in_backward": [*ALL, OptimizerInBackward()],
+    "those, block_swap": [*ALL, OptimizerInBackward(), BlockSwap()],
 }
 
 
@@ -82,18 +108,23 @@ def ratios(preset: str, batch: int, rounds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", action="store_true", help="no times")
+    parser.add_argument("--times", action="store_true", help="no memory")
     parser.add_argument("--rounds", type=int, default=7, help="how often each row is timed")
     args = parser.parse_args()
     small = {} if args.memory else ratios("quickstart", 16, args.rounds)
     large = {} if args.memory else ratios("brats128", 1, args.rounds)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    if args.times:
+        for name in ROWS:
+            print(f"| {name} | {small[name]:.2f} | {large[name]:.2f} |")
+        return
     print("| passes | kept, GiB | peak, GiB | of plain | time, quickstart | time, brats128 |")
     print("|---|---|---|---|---|---|")
     plain = 0
-    for name, passes in ROWS.items():
+    for name, passes in (ROWS | MORE).items():
         report = step(14, passes=passes)
         plain = plain or report.peak
-        times = " | ".join(f"{found[name]:.2f}" if found else "" for found in (small, large))
+        times = " | ".join(f"{found[name]:.2f}" if name in found else "" for found in (small, large))
         print(
             f"| {name} | {report.kept / GIB:.2f} | {report.peak / GIB:.2f} | {report.peak / plain:.3f} | {times} |",
             flush=True,
