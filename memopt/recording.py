@@ -11,7 +11,6 @@ the sizes of storages, which may be others the second time.
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import weakref
 from collections import Counter, deque
@@ -145,15 +144,13 @@ class Recording(TorchFunctionMode):
         again = cheap.OPERATIONS.get(func)
         if again is None or "out" in kwargs:
             return func(*args, **kwargs)
-        args = mapped(args, functools.partial(self._brought, func))
+        args = self._brought(func, args)
         given = list(leaves((args, kwargs)))
         if not all(map(self._usable, given)) or not any(isinstance(leaf, Tensor) for leaf in given):
             return func(*args, **kwargs)
         return self._made(func, again, args, kwargs)
 
     def _made(self, func: Any, again: cheap.Again, args: Any, kwargs: Any) -> Any:
-        if func in cheap.JOINS:
-            args = mapped(args, self._with_own_gradient)
         how = again(func, args, kwargs)
         if how is None:
             return func(*args, **kwargs)
@@ -238,20 +235,28 @@ class Recording(TorchFunctionMode):
         here = value.call is None and (self.outer is None or not value.kept)
         self._values[tensor.untyped_storage()] = weakref.ref(value) if here else value
 
-    def _brought(self, func: Any, leaf: Any) -> Any:
-        """What a skip connection that may be away stands for."""
-        if not isinstance(leaf, StandIn) or not leaf.moves:
-            return leaf
-        tensor = leaf.make(func.__name__)
-        return cheap.OwnGradient.apply(tensor) if func in cheap.JOINS and tensor.requires_grad else tensor
+    def _brought(self, func: Any, args: Any) -> Any:
+        """The arguments of an operation, with tensors for skip connections that may be away.
+
+        Where one part of a concatenation is used elsewhere, too, its gradient waits: the parts get gradients of their
+        own then, which do not keep that of the whole.
+        """
+        given = list(leaves(args))
+        skips = [leaf for leaf in given if isinstance(leaf, StandIn) and leaf.moves]
+        made = {id(skip): skip.make(func.__name__) for skip in skips}
+        if made:
+            args = mapped(args, lambda leaf: made.get(id(leaf), leaf))
+        if func in cheap.JOINS and (made or any(self._is_kept(leaf) for leaf in given)):
+            args = mapped(args, self._with_own_gradient)
+        return args
+
+    def _is_kept(self, leaf: Any) -> bool:
+        value = self._known(leaf) if isinstance(leaf, Tensor) and is_memory(leaf) else None
+        return value is not None and value.kept
 
     def _with_own_gradient(self, leaf: Any) -> Any:
-        """A part of a concatenation; one that is used elsewhere, too, gets a gradient that keeps no others."""
-        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.nbytes >= self.least:
-            value = self._known(leaf)
-            if value is not None and value.kept:
-                return cheap.OwnGradient.apply(leaf)
-        return leaf
+        wants = isinstance(leaf, Tensor) and leaf.requires_grad and leaf.nbytes >= self.least
+        return cheap.OwnGradient.apply(leaf) if wants else leaf
 
     def _usable(self, leaf: Any) -> bool:
         if not isinstance(leaf, Tensor):

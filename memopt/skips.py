@@ -31,7 +31,7 @@ from torch.nn.modules import module as nn_module
 from memopt.deferred import HOOKING, StandIn
 from memopt.errors import MemoptError
 from memopt.lifetimes import ASKING, Plan, Site, can_wait, leaves_of
-from memopt.saved import hooks_allowed
+from memopt.saved import hooks_allowed, in_checkpoint
 from memopt.tape import Away, Tape, tape_in_force
 from memopt.tensors import holders_of
 
@@ -316,6 +316,8 @@ class Hooks:
             nn_module._global_backward_pre_hooks,
         )
         if any(hooks) or not hooks_allowed():  # the former want tensors
+            return None
+        if in_checkpoint():  # computes it again outside of this run, where nothing is away: others must see the same
             return None
         return run.made(self.path, output, given)
 

@@ -153,6 +153,11 @@ def test_a_pass_alone_costs_nothing_or_says_so(name):
 # Larger sets.
 
 
+@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
+def test_a_part_computed_again_finds_no_skip_connection_away(subject):
+    check_results(subject, ("lean_ops", "grad_accumulation", "offload_skips"))
+
+
 def agreeing(names):
     """Those of the names, in the order of application, that do not meet one before them."""
     chosen = []
