@@ -11,14 +11,13 @@ the sizes of storages, which may be others the second time.
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -26,7 +25,7 @@ from memopt import cheap
 from memopt.deferred import StandIn
 from memopt.deferred.value import saving_hooks
 from memopt.remat import Argument, Call, Here, Saved, Value, bytes_of, leaves, mapped, span, unpack
-from memopt.saved import Pack, Passed, Unpack
+from memopt.saved import Pack, Passed, Unpack, packers
 from memopt.tensors import PLAIN, is_memory, storage_of, version_of
 
 DEEP = 16
@@ -69,19 +68,17 @@ class Recording(TorchFunctionMode):
     @property
     def on(self) -> bool:
         """Whether what autograd saves comes here."""
-        return torch.is_grad_enabled() and self.hooks == saving_hooks()
+        return torch.is_grad_enabled() and (self.hooks == saving_hooks() or recording() is self)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Be the mode and the hooks of a forward."""
         with torch.autograd.graph.saved_tensors_hooks(self.pack, unpack):
             self.hooks = saving_hooks()
-            _running.recordings.append(self)
             try:
                 with self:
                     yield
             finally:
-                _running.recordings.pop()
                 while self._borrowed:
                     self._let_go()
                 # Others may hold the hooks, and by them this, until backward.
@@ -211,7 +208,7 @@ class Recording(TorchFunctionMode):
             return Argument(Value(leaf), leaf)
         value = self._known(leaf)
         if value is None or value.gone:
-            if storage in self.parameters:
+            if storage in self.parameters or (self.outer is None and isinstance(leaf, nn.Parameter)):
                 value = Value.free(leaf)
                 self._remember(leaf, value)
                 return Argument(value, leaf)
@@ -294,17 +291,7 @@ class Recording(TorchFunctionMode):
                     value.stale = True
 
 
-class _Running(threading.local):
-    def __init__(self) -> None:
-        self.recordings: list[Recording] = []
-
-
-_running = _Running()
-
-
 def recording() -> Recording | None:
-    """The recording that gets what autograd saves here."""
-    for found in reversed(_running.recordings):
-        if found.hooks == saving_hooks():
-            return found
-    return None
+    """The recording that gets what autograd saves here, perhaps from hooks that pass it on."""
+    owners = (getattr(pack, "__self__", None) for pack in packers())
+    return next((owner for owner in owners if isinstance(owner, Recording)), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -83,17 +83,21 @@ def hooks_in_force() -> tuple[Pack, Unpack] | None:
     return None if hooks is None or getattr(hooks[0], "observes", False) else hooks
 
 
-def in_checkpoint() -> bool:
-    """Whether what autograd saves here is not kept, because a checkpoint will compute it again."""
+def packers() -> Iterator[Any]:
+    """The functions that pack what autograd saves here, from the innermost outwards, as far as they pass it on."""
     hooks = hooks_in_force()
     while hooks is not None:
         pack: Any = hooks[0]
         while isinstance(pack, functools.partial):  # a profile looks at what hooks keep
             pack = pack.args[0]
-        if getattr(pack, "recomputes", False) or getattr(pack, "__module__", "") == "torch.utils.checkpoint":
-            return True
-        hooks = getattr(getattr(pack, "__self__", None), "outer", None)  # of ours, which pass on what is kept
-    return False
+        yield pack
+        hooks = getattr(getattr(pack, "__self__", None), "outer", None)
+
+
+def in_checkpoint() -> bool:
+    """Whether what autograd saves here is not kept, because a checkpoint will compute it again."""
+    home = "torch.utils.checkpoint"
+    return any(getattr(pack, "recomputes", False) or getattr(pack, "__module__", "") == home for pack in packers())
 
 
 def hooks_allowed() -> bool:
