@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -41,8 +41,8 @@ class Recording(TorchFunctionMode):
 
     Args:
         outer: hooks further out, which get what is kept; None: it is kept here.
-        parameters: storages that the model keeps.
-        buffers: storages that it keeps and may write to at any time.
+        parameters: what the model keeps.
+        buffers: what it keeps and may write to at any time.
         least: bytes; smaller storages are kept as they are.
         counts: gets the numbers of what is made again.
     """
@@ -50,15 +50,15 @@ class Recording(TorchFunctionMode):
     def __init__(
         self,
         outer: tuple[Pack, Unpack] | None,
-        parameters: Collection[int],
-        buffers: Collection[int],
+        parameters: Iterable[Tensor],
+        buffers: Iterable[Tensor],
         least: int,
         counts: Counter[str],
     ) -> None:
         super().__init__()
         self.outer, self.least, self.counts = outer, least, counts
         # Hooks further out may be those that let weights come and go, which have other storages then.
-        self.parameters, self.buffers = parameters if outer is None else frozenset(), buffers
+        self.parameters, self.buffers = _storages(parameters if outer is None else ()), _storages(buffers)
         self.hooks: Any = None
         self._values = WeakIdKeyDictionary()  # by storage
         self._borrowed: deque[tuple[int, weakref.ref[Value]]] = deque()
@@ -91,7 +91,7 @@ class Recording(TorchFunctionMode):
         if not is_memory(tensor) or tensor.is_inference() or bytes_of(tensor) < self.least:
             return self._as_it_is(tensor)
         storage = tensor.untyped_storage()
-        if storage._cdata in self.parameters or storage._cdata in self.buffers:
+        if storage in self.parameters or storage in self.buffers:
             return self._as_it_is(tensor)
         value = self._known(tensor)
         if value is None:
@@ -132,7 +132,7 @@ class Recording(TorchFunctionMode):
             return func(*args, **kwargs)
         if cheap.writes(func, args, kwargs):
             self._settle([*args[:1], kwargs.get("out")])
-            if isinstance(args[0] if args else None, Tensor) and storage_of(args[0]) in self.buffers:
+            if isinstance(args[0] if args else None, Tensor) and self._is_buffer(args[0]):
                 return func(*args, **kwargs)
         if not self.on:
             return func(*args, **kwargs)
@@ -202,7 +202,7 @@ class Recording(TorchFunctionMode):
     def _argument(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        storage = leaf.untyped_storage()._cdata
+        storage = leaf.untyped_storage()
         if storage in self.buffers:
             leaf = leaf.detach().clone()
             return Argument(Value(leaf), leaf)
@@ -255,13 +255,16 @@ class Recording(TorchFunctionMode):
         wants = isinstance(leaf, Tensor) and leaf.requires_grad and leaf.nbytes >= self.least
         return cheap.OwnGradient.apply(leaf) if wants else leaf
 
+    def _is_buffer(self, tensor: Tensor) -> bool:
+        return is_memory(tensor) and tensor.untyped_storage() in self.buffers
+
     def _usable(self, leaf: Any) -> bool:
         if not isinstance(leaf, Tensor):
             return not isinstance(leaf, StandIn)
         if not is_memory(leaf) or leaf.is_inference():
             return False
         storage = leaf.untyped_storage()
-        return storage._cdata not in self.buffers or storage.nbytes() <= SMALL_BUFFER
+        return storage not in self.buffers or storage.nbytes() <= SMALL_BUFFER
 
     def _let_go(self) -> None:
         value = self._borrowed.popleft()[1]()
@@ -289,6 +292,15 @@ class Recording(TorchFunctionMode):
                     value.keep(part.clone(), self.outer)
                 else:
                     value.stale = True
+
+
+def _storages(tensors: Iterable[Tensor]) -> WeakIdKeyDictionary:
+    """The storages of tensors, as far as they live: a later one may have the address of one that died."""
+    found = WeakIdKeyDictionary()
+    for tensor in tensors:
+        if is_memory(tensor):
+            found[tensor.untyped_storage()] = True
+    return found
 
 
 def recording() -> Recording | None:

@@ -43,9 +43,8 @@ from memopt.core import Edit
 from memopt.errors import InputError
 from memopt.policies import Keeps, check_policy, keeps_of
 from memopt.recompute import Run
-from memopt.recording import recording
 from memopt.registry import Claim, Context, Pass, matching_modules
-from memopt.saved import in_checkpoint
+from memopt.saved import hooks_in_force, in_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +142,8 @@ def _forward(keeps: Keeps | None, module: nn.Module, inner: Callable[..., Any], 
     way = (module.training, *kwargs, *(isinstance(leaf, Tensor) for leaf in leaves))
     if way in seen:
         run.mutated = seen[way]
-        # A checkpoint around this one would have to find the same; and a recording of results knows more of them.
-        if not in_checkpoint() and recording() is None:
+        # Hooks further out do better: they move both, or know what a result was made of; or must find the same again.
+        if hooks_in_force() is None:
             run.keep_in_parts()
         return run.checkpointed(leaves)
     output = run.tried(leaves) if in_checkpoint() else run.watched(leaves)

@@ -24,7 +24,6 @@ from memopt.recording import Recording, recording
 from memopt.registry import Claim, Context, Pass
 from memopt.saved import hooks_allowed, hooks_in_force
 from memopt.source import names_in
-from memopt.tensors import storage_of
 from memopt.units import parse_bytes
 
 _NAMES = frozenset(" ".join(FAMILIES[family] for family in ("norms", "activations", "dropout")).split())
@@ -62,8 +61,7 @@ class LeanOps(Pass):
                 return inner(*args, **kwargs)
             if not torch.is_grad_enabled() or not hooks_allowed() or recording() is not None:
                 return inner(*args, **kwargs)
-            parameters, buffers = ({storage_of(x) for x in kept} for kept in (module.parameters(), module.buffers()))
-            with Recording(hooks_in_force(), parameters, buffers, least, counts).active():
+            with Recording(hooks_in_force(), module.parameters(), module.buffers(), least, counts).active():
                 return inner(*args, **kwargs)
 
         # Also inside: a checkpoint runs a block again with hooks of its own.
