@@ -206,12 +206,11 @@ class Recording(TorchFunctionMode):
         if storage in self.buffers:
             leaf = leaf.detach().clone()
             return Argument(Value(leaf), leaf)
+        if storage in self.parameters or (self.outer is None and isinstance(leaf, nn.Parameter)):
+            # Known by itself: weights that come and go may have one another's storages.
+            return Argument(Value.free(leaf), leaf)
         value = self._known(leaf)
         if value is None or value.gone:
-            if storage in self.parameters or (self.outer is None and isinstance(leaf, nn.Parameter)):
-                value = Value.free(leaf)
-                self._remember(leaf, value)
-                return Argument(value, leaf)
             value = Value(leaf)
             self._borrowed.append((self._calls, weakref.ref(value)))
             self._remember(leaf, value)

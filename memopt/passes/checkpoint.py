@@ -34,6 +34,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -110,9 +112,9 @@ class Checkpoint(Pass):
                 calls += 1
         if flags or calls:
             edit.note(f"replaced the model's own checkpointing: {flags} flags turned off, {calls} forwards rewritten")
-        forward = functools.partial(_forward, keeps_of(self.policy))
         for path in paths:
-            edit.wrap(edit.module(path), "forward", forward)
+            module = edit.module(path)
+            edit.wrap(module, "forward", functools.partial(_forward, keeps_of(self.policy), _has_state(module)))
 
 
 _MUTATED = "_memopt_checkpoint_mutated"
@@ -120,15 +122,43 @@ _MUTATED = "_memopt_checkpoint_mutated"
 changes in place, for each way of calling it that was seen."""
 
 
-def _forward(keeps: Keeps | None, module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def _has_state(module: nn.Module) -> bool:
+    """Whether a block holds what may be another when it is recomputed: a generator, or buffers that are no statistics
+    of torch's norms, on which their output in training does not depend."""
+    modules = [m for m in module.modules() if not isinstance(m, (_BatchNorm, _InstanceNorm))]
+    return any(m._buffers or any(isinstance(v, torch.Generator) for v in vars(m).values()) for m in modules)
+
+
+def _forward(
+    keeps: Keeps | None,
+    state: bool,
+    module: nn.Module,
+    inner: Callable[..., Any],
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return inner(*args, **kwargs)
+    if state and torch.compiler.is_compiling():  # compiled, it would be recomputed from what forward has changed
+        return _uncompiled(keeps, module, inner, args, kwargs)
+    return _checkpointed(keeps, module, inner, args, kwargs)
+
+
+def _checkpointed(
+    keeps: Keeps | None, module: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda x: not isinstance(x, (tuple, list, dict)))
     if torch.compiler.is_compiling():  # the compiler sees mutations itself and replays random state
+        calls: list[Run] = []
 
         def plain(*leaves: Any) -> Any:
-            args, kwargs = tree_unflatten(list(leaves), spec)
-            return inner(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                args, kwargs = tree_unflatten(list(leaves), spec)
+                return inner(*args, **kwargs)
+            if not calls:  # the compiler could not look inside and has torch's checkpoint call this
+                calls.append(Run(module, inner, tree_unflatten(list(leaves), spec), leaves, spec))
+            return calls[0](*leaves)
 
         if keeps is None:
             return checkpoint(plain, *leaves, use_reentrant=False)
@@ -149,6 +179,10 @@ def _forward(keeps: Keeps | None, module: nn.Module, inner: Callable[..., Any], 
     output = run.tried(leaves) if in_checkpoint() else run.watched(leaves)
     seen[way] = run.learned
     return output
+
+
+_uncompiled = torch._disable_dynamo(_checkpointed)  # type: ignore[attr-defined]
+"""What torch.compile leaves alone: the graph breaks here."""
 
 
 def _compiled(keeps: Keeps, _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
