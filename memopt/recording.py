@@ -206,9 +206,11 @@ class Recording(TorchFunctionMode):
         if storage in self.buffers:
             leaf = leaf.detach().clone()
             return Argument(Value(leaf), leaf)
-        if storage in self.parameters or (self.outer is None and isinstance(leaf, nn.Parameter)):
-            # Known by itself: weights that come and go may have one another's storages.
-            return Argument(Value.free(leaf), leaf)
+        if storage in self.parameters or isinstance(leaf, nn.Parameter):
+            # Known by itself, and handed on at once: weights that come and go may have one another's storages.
+            weight = Value.free(leaf) if self.outer is None else Value(leaf)
+            weight.keep(None, self.outer)
+            return Argument(weight, leaf)
         value = self._known(leaf)
         if value is None or value.gone:
             value = Value(leaf)
