@@ -45,8 +45,10 @@ from memopt.core import Edit
 from memopt.errors import InputError
 from memopt.policies import Keeps, check_policy, keeps_of
 from memopt.recompute import Run
+from memopt.recording import recording
 from memopt.registry import Claim, Context, Pass, matching_modules
-from memopt.saved import hooks_in_force, in_checkpoint
+from memopt.saved import in_checkpoint
+from memopt.tape import tape_in_force
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +174,8 @@ def _checkpointed(
     way = (module.training, *kwargs, *(isinstance(leaf, Tensor) for leaf in leaves))
     if way in seen:
         run.mutated = seen[way]
-        # Hooks further out do better: they move both, or know what a result was made of; or must find the same again.
-        if hooks_in_force() is None:
+        # Others do better, which move both or know what a result was made of, or must find the same again.
+        if not in_checkpoint() and recording() is None and tape_in_force() is None:
             run.keep_in_parts()
         return run.checkpointed(leaves)
     output = run.tried(leaves) if in_checkpoint() else run.watched(leaves)

@@ -413,7 +413,7 @@ def test_the_full_model():
     from bench.claims import GIB, step
 
     less = step(14, passes=["outer_product", "checkpoint", "offload_skips"])
-    assert less.peak <= 0.285 * step(14).peak
+    assert less.peak <= 0.29 * step(14).peak
     assert less.off_device["cpu"] > 0.4 * GIB
     infer = step(14, train=False, passes=["offload_skips"])
     assert infer.peak <= 0.81 * step(14, train=False).peak
