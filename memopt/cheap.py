@@ -101,8 +101,6 @@ def _with_batch_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _seeded_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = {"p": 0.5, "training": True, "inplace": False} | _named_arguments(func, args, kwargs)
-    if func is not F.dropout:
-        given["training"] = given.get("train", given["training"])
     x, p = given["input"], given["p"]
     if not given["training"] or given["inplace"] or not 0 < p < 1 or not _layout_is_plain(x):
         return None

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memopt.policies import Keeps
 from memopt.replay import Replay
-from memopt.saved import Pack, Passed, Stays, Unpack, hold_for_now, hooks_in_force, recomputes
+from memopt.saved import Pack, Passed, Unpack, hold_for_now, hooks_in_force, kept_by, recomputes, unpack
 from memopt.selective import Record
 from memopt.tensors import is_memory, storage_of, version_of
 
@@ -58,8 +58,6 @@ class Run:
         self.leaves: Sequence[Any] = leaves  # until then, too
         self.mutated: frozenset[int] = frozenset()
         """Which of the leaves the block changes in place, so that copies of them are kept."""
-        self.learned: frozenset[int] = frozenset()
-        """Which were changed in a call that was watched."""
         self.replay: Replay | None = None  # the module as it was when the forward began
         self.record = Record(keeps) if keeps is not None else None
         self.saves = _Saves(self.record, hooks_in_force())
@@ -128,7 +126,7 @@ class Run:
         with torch.no_grad(), torch.random.fork_rng(devices), unseen, Replay(self.module, writes=True).again():
             self.inner(*args, **kwargs)
         changed = [isinstance(leaf, Tensor) and leaf._version > 0 for leaf in copies]
-        self.mutated = self.learned = frozenset(i for i, was in enumerate(changed) if was)
+        self.mutated = frozenset(i for i, was in enumerate(changed) if was)
         return self.checkpointed(leaves)
 
     def watched(self, leaves: list[Any]) -> Any:
@@ -150,7 +148,7 @@ class Run:
                     )
                 return self.recompute(kept)
             output = self.forward()
-            self.mutated = self.learned = frozenset(i for i, t in tensors.items() if t._version != before[i])
+            self.mutated = frozenset(i for i, t in tensors.items() if t._version != before[i])
             places = [tensors[i].untyped_storage()._cdata for i in self.mutated]
             if len(set(places)) < len(places):  # separate copies would not change together
                 raise RuntimeError(
@@ -204,7 +202,7 @@ class _Saves:
 
     def forward(self) -> saved_tensors_hooks:
         self.dropping = hooks_in_force()
-        return saved_tensors_hooks(self.pack, _unpack)
+        return saved_tensors_hooks(self.pack, unpack)
 
     def again(self) -> saved_tensors_hooks:
         self.at, self.dropping = 0, hooks_in_force()
@@ -220,7 +218,7 @@ class _Saves:
                 joined = self.joined.get(storage_of(tensor))
                 if joined is not None:
                     return _Seen(joined, tensor)
-                saved = _save(tensor, self.outside)
+                saved = kept_by(tensor, self.outside)
                 return _Held(saved, self.inputs) if version != -1 else saved
             if self.record is not None:
                 self.record.ask()
@@ -237,11 +235,6 @@ class _Saves:
         return self.dropping[0](tensor)
 
 
-def _unpack(packed: Any) -> Tensor:
-    tensor: Tensor = packed.tensor()
-    return tensor
-
-
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
@@ -252,7 +245,7 @@ class _Input:
     def __init__(self, tensor: Tensor, outside: tuple[Pack, Unpack] | None) -> None:
         self.node = tensor.grad_fn  # where it comes from; while it lives no other node has its id
         self.shape, self.like = tensor.shape, (tensor.dtype, tensor.device)
-        self._saved = _save(tensor, outside)
+        self._saved = kept_by(tensor, outside)
 
     def tensor(self) -> Tensor:
         tensor: Tensor = self._saved.tensor()
@@ -295,7 +288,7 @@ class _Joined:
             return None
         sizes = [left if part is None else int(part.shape[dim]) for part in parts]
         own = [
-            _save(piece.clone(), outside) if part is None else part
+            kept_by(piece.clone(), outside) if part is None else part
             for part, piece in zip(parts, tensor.detach().split(sizes, dim), strict=True)
         ]
         return _Joined(tensor, dim, own, sizes)
@@ -331,10 +324,6 @@ class _Held:
     def tensor(self) -> Tensor:
         tensor: Tensor = self.saved.tensor()
         return tensor
-
-
-def _save(tensor: Tensor, outside: tuple[Pack, Unpack] | None) -> Any:
-    return Passed(outside, tensor) if outside is not None else Stays(tensor)
 
 
 def _copy_cache(leaf: Any) -> Any:

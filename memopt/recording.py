@@ -24,9 +24,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from memopt import cheap
 from memopt.deferred import StandIn
 from memopt.deferred.value import saving_hooks
-from memopt.remat import Argument, Call, Here, Saved, Value, bytes_of, leaves, mapped, span, unpack
-from memopt.saved import Pack, Passed, Unpack, packers
-from memopt.tensors import PLAIN, is_memory, storage_of, version_of
+from memopt.remat import Argument, Call, Here, Saved, Value, bytes_of, leaves, mapped
+from memopt.saved import Pack, Passed, Unpack, packers, unpack
+from memopt.tensors import PLAIN, is_memory, span, storage_of, version_of
 
 DEEP = 16
 """Calls one after another that are made again at most."""

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from memopt import cheap
-from memopt.saved import Pack, Passed, Stays, Unpack, check_version
-from memopt.tensors import version_of
+from memopt.saved import Pack, Passed, Stays, Unpack, check_version, kept_by
+from memopt.tensors import span, version_of
 
 _LOCK = threading.RLock()  # autograd has a thread for each device, and users may have more
 
@@ -37,12 +37,6 @@ _LOCK = threading.RLock()  # autograd has a thread for each device, and users ma
 def bytes_of(tensor: Tensor) -> int:
     """The bytes of a tensor's elements. Not those of its storage: a recomputation may be given another one."""
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
-
-
-def span(tensor: Tensor) -> tuple[int, int]:
-    """The elements of its storage between which a tensor lies."""
-    start = int(tensor.storage_offset())
-    return start, start + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
 
 
 class Geometry:
@@ -115,7 +109,7 @@ class Value:
             tensor = self.held if tensor is None else tensor  # type: ignore[assignment]
             assert isinstance(tensor, Tensor)
             self.call, self.kept = None, True
-            self.held = Stays(tensor) if outer is None else Passed(outer, tensor)
+            self.held = kept_by(tensor, outer)
 
     def get(self) -> Tensor:
         """A tensor with this content."""
@@ -226,12 +220,6 @@ class Saved:
             for value in self.path:
                 value.done(self)
             return tensor
-
-
-def unpack(saved: Any) -> Tensor:
-    """The hook that goes with ``Recording.pack``."""
-    tensor: Tensor = saved.tensor()
-    return tensor
 
 
 def leaves(value: Any) -> Iterator[Any]:

@@ -55,6 +55,17 @@ class Passed:
         return self._unpack(self._packed)
 
 
+def kept_by(tensor: Tensor, outer: tuple[Pack, Unpack] | None) -> Stays | Passed:
+    """A tensor as hooks further out want it; where there are none, as it is."""
+    return Stays(tensor) if outer is None else Passed(outer, tensor)
+
+
+def unpack(saved: Any) -> Tensor:
+    """The hook that goes with those that pack into objects with a ``tensor()``."""
+    tensor: Tensor = saved.tensor()
+    return tensor
+
+
 def check_version(tensor: Tensor, version: int) -> None:
     """Raise autograd's own error if a tensor has been written to since it was saved."""
     if version_of(tensor) != version:

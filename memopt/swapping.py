@@ -30,7 +30,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memopt.homes import Arrival, Reader, Weight, find_homes
-from memopt.saved import Passed, Stays, check_version, hooks_allowed, hooks_in_force
+from memopt.saved import check_version, hooks_allowed, hooks_in_force, kept_by, unpack
 from memopt.tensors import is_memory, storage_of, version_of
 from memopt.transfer import Mover
 
@@ -360,7 +360,7 @@ class Swapper:
         outer = hooks_in_force()
         if outer is not None and getattr(getattr(outer[0], "__self__", None), "swapper", None) is self:
             return contextlib.nullcontext()
-        return saved_tensors_hooks(_Packer(self, outer).pack, _unpack)
+        return saved_tensors_hooks(_Packer(self, outer).pack, unpack)
 
     def note_of(self, tensor: Tensor) -> Any:
         """What stands for a view of a weight until backward; None for any other tensor."""
@@ -382,12 +382,7 @@ class _Packer:
         noted = self.swapper.note_of(tensor)
         if noted is not None:
             return noted
-        return Passed(self.outer, tensor) if self.outer is not None else Stays(tensor)
-
-
-def _unpack(packed: Any) -> Tensor:
-    tensor: Tensor = packed.tensor()
-    return tensor
+        return kept_by(tensor, self.outer)
 
 
 class _Noted:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from memopt.saved import Pack, Passed, Stays, Unpack, hooks_in_force
-from memopt.tensors import is_memory, version_of
+from memopt.saved import Pack, Passed, Stays, Unpack, hooks_in_force, kept_by
+from memopt.tensors import is_memory, span, version_of
 from memopt.transfer import Mover, Parked
 
 
@@ -83,7 +83,7 @@ class Tape:
             return away
 
     def _stays(self, tensor: Tensor) -> Any:
-        return Passed(self.outer, tensor) if self.outer is not None else Stays(tensor)
+        return kept_by(tensor, self.outer)
 
     def keeps(self, tensor: Tensor) -> int:
         """How many objects of autograd's keep a tensor's memory that would let go of it."""
@@ -101,12 +101,11 @@ class Tape:
         if not is_memory(tensor):
             return None
         storage = tensor.untyped_storage()
-        size, start = tensor.itemsize, int(tensor.storage_offset())
+        size, (start, stop) = tensor.itemsize, span(tensor)
         if storage._cdata in self.held or storage.nbytes() % size:
             return None
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        stop = start + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
         whole = self.mover.compress not in ("fp8", "int8")  # what nobody saved shall not share a scale with it
         if whole and 2 * (stop - start) * size >= storage.nbytes():
             return 0, storage.nbytes() // size
@@ -127,12 +126,6 @@ class Tape:
 
     def _remember(self, tensor: Tensor, place: tuple[int, int], away: Away) -> None:
         self._known[self._key(tensor, place)] = StorageWeakRef(tensor.untyped_storage()), weakref.ref(away)
-
-
-def unpack(saved: Any) -> Tensor:
-    """The hook that goes with ``Tape.pack``."""
-    tensor: Tensor = saved.tensor()
-    return tensor
 
 
 def tape_in_force() -> Tape | None:

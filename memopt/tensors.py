@@ -29,6 +29,12 @@ def storage_of(tensor: Tensor) -> int:
         return 0
 
 
+def span(tensor: Tensor) -> tuple[int, int]:
+    """The elements of its storage between which a tensor lies: the first, and the one after the last."""
+    start = int(tensor.storage_offset())
+    return start, start + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+
+
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written to; -1 where nobody counts."""
     return -1 if tensor.is_inference() else tensor._version

@@ -179,7 +179,7 @@ def _checkpointed(
             run.keep_in_parts()
         return run.checkpointed(leaves)
     output = run.tried(leaves) if in_checkpoint() else run.watched(leaves)
-    seen[way] = run.learned
+    seen[way] = run.mutated
     return output
 
 

@@ -22,8 +22,8 @@ from memopt.compression import Compression
 from memopt.core import Edit
 from memopt.errors import InputError
 from memopt.registry import Claim, Context, Pass, matching_modules
-from memopt.saved import hooks_allowed, in_checkpoint
-from memopt.tape import Tape, unpack
+from memopt.saved import hooks_allowed, in_checkpoint, unpack
+from memopt.tape import Tape
 from memopt.tensors import storage_of
 from memopt.transfer import Mover
 from memopt.units import parse_bytes

@@ -25,9 +25,9 @@ from memopt.deferred import entered, made
 from memopt.errors import InputError
 from memopt.lifetimes import FAST, Learner, Plan
 from memopt.registry import Claim, Context, Pass
-from memopt.saved import hooks_allowed, hooks_in_force, in_checkpoint
+from memopt.saved import hooks_allowed, hooks_in_force, in_checkpoint, unpack
 from memopt.skips import Hooks, Run
-from memopt.tape import Tape, tape_in_force, unpack
+from memopt.tape import Tape, tape_in_force
 from memopt.tensors import storage_of
 from memopt.transfer import Mover
 from memopt.units import parse_bytes
