@@ -3,7 +3,6 @@
 import copy
 import itertools
 import re
-import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -365,18 +364,12 @@ def test_third_party_passes_come_from_entry_points(model, tmp_path, monkeypatch)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[memopt.passes]\nacme = acme_passes:Acme\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    try:
-        assert "acme" in memopt.available_passes()
-        handle = memopt.apply(model, [{"acme": {"level": 7}}])
-        assert handle.report().rows[0].notes == ("level 7",)
-        (info / "entry_points.txt").write_text("[memopt.passes]\nbroken = acme_passes:dataclass\n")
-        with pytest.raises(MemoptError, match=re.escape("(acme_passes:dataclass) must name a memopt.Pass subclass")):
-            memopt.apply(model, ["whatever"])
-    finally:
-        from memopt import registry
-
-        registry._REGISTRY.pop("acme", None)
-        sys.modules.pop("acme_passes", None)
+    assert "acme" in memopt.available_passes()
+    handle = memopt.apply(model, [{"acme": {"level": 7}}])
+    assert handle.report().rows[0].notes == ("level 7",)
+    (info / "entry_points.txt").write_text("[memopt.passes]\nbroken = acme_passes:dataclass\n")
+    with pytest.raises(MemoptError, match=re.escape("(acme_passes:dataclass) must name a memopt.Pass subclass")):
+        memopt.apply(model, ["whatever"])
 
 
 def test_claims_overlap_by_place_and_aspect():
