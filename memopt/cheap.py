@@ -77,6 +77,11 @@ def _named_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return dict(zip(_parameters(func), args, strict=False)) | kwargs
 
 
+def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument of one of torch's functions, which also goes by the name of input."""
+    return args[0] if args else kwargs.get("input")
+
+
 def writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a function writes to its first argument or to ``out``."""
     if func in WRITERS or kwargs.get("out") is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -131,13 +131,14 @@ class Recording(TorchFunctionMode):
         if torch.compiler.is_compiling():  # a part of the model is; its compiler decides what to keep
             return func(*args, **kwargs)
         if cheap.writes(func, args, kwargs):
-            self._settle([*args[:1], kwargs.get("out")])
-            if isinstance(args[0] if args else None, Tensor) and self._is_buffer(args[0]):
+            target = cheap.first(args, kwargs)
+            self._settle([target, kwargs.get("out")])
+            if isinstance(target, Tensor) and self._is_buffer(target):
                 return func(*args, **kwargs)
         if not self.on:
             return func(*args, **kwargs)
         if func in cheap.PRODUCTS:
-            return func(*self._lowered(args), **kwargs)
+            return func(*self._lowered(args[:1]), *args[1:], **kwargs)
         again = cheap.OPERATIONS.get(func)
         if again is None or "out" in kwargs:
             return func(*args, **kwargs)
@@ -154,7 +155,7 @@ class Recording(TorchFunctionMode):
         compute, replay = how
         tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         before = {tensor.untyped_storage()._cdata for tensor in tensors}
-        target = args[0] if cheap.writes(func, args, kwargs) else None
+        target = cheap.first(args, kwargs) if cheap.writes(func, args, kwargs) else None
         self._calls += 1
         while self._borrowed and self._borrowed[0][0] < self._calls - RECENT:
             self._let_go()
@@ -272,13 +273,12 @@ class Recording(TorchFunctionMode):
         if value is not None and not value.kept and value.call is None:
             value.held = None
 
-    def _lowered(self, args: Any) -> Any:
-        """A product's arguments, the first cast as autocast would, but where it is seen."""
-        x = args[0]
-        dtype = cheap.lower_dtype(x) if isinstance(x, Tensor) and self._usable(x) else None
-        if dtype is None:
-            return args
-        return (self._made(Tensor.to, cheap.plainly, (x, dtype), {}), *args[1:])
+    def _lowered(self, inputs: Sequence[Any]) -> list[Any]:
+        """A product's inputs, cast as autocast would, but where it is seen."""
+        return [self._made(Tensor.to, cheap.plainly, (x, dtype), {}) if (dtype := self._lower(x)) else x for x in inputs]
+
+    def _lower(self, x: Any) -> torch.dtype | None:
+        return cheap.lower_dtype(x) if isinstance(x, Tensor) and self._usable(x) else None
 
     def _settle(self, written: list[Any]) -> None:
         """Before memory is changed: keep a copy of what others are made from."""

@@ -260,6 +260,27 @@ class Writing(nn.Module):
         return self.last(joined) + h[:, :4]
 
 
+class ByName(nn.Module):
+    """Gives all arguments of torch's functions by name, also of those that write in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(4, 8, 1), nn.Linear(6, 6)
+
+    def forward(self, x):
+        h = F.conv2d(input=x, weight=self.conv.weight, bias=self.conv.bias)
+        h = F.dropout(input=F.silu(input=F.group_norm(input=h, num_groups=2)), p=0.3, training=True)
+        h = F.relu(input=F.linear(input=h, weight=self.linear.weight), inplace=True)
+        joined = F.gelu(input=torch.cat(tensors=[h, x], dim=1))
+        return F.relu(input=joined, inplace=True) * joined
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["float32", "autocast"])
+def test_arguments_given_by_name(enabled):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        assert same(ByName(), [LEAN])["tensors made again"] > 0
+
+
 def test_what_is_changed_in_place_later_is_not_what_others_are_made_from():
     same(Writing(), [LEAN])
 
