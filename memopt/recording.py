@@ -275,10 +275,11 @@ class Recording(TorchFunctionMode):
 
     def _lowered(self, inputs: Sequence[Any]) -> list[Any]:
         """A product's inputs, cast as autocast would, but where it is seen."""
-        return [self._made(Tensor.to, cheap.plainly, (x, dtype), {}) if (dtype := self._lower(x)) else x for x in inputs]
+        return [self._lower(x) if isinstance(x, Tensor) and self._usable(x) else x for x in inputs]
 
-    def _lower(self, x: Any) -> torch.dtype | None:
-        return cheap.lower_dtype(x) if isinstance(x, Tensor) and self._usable(x) else None
+    def _lower(self, x: Tensor) -> Tensor:
+        dtype = cheap.lower_dtype(x)
+        return x if dtype is None else self._made(Tensor.to, cheap.plainly, (x, dtype), {})
 
     def _settle(self, written: list[Any]) -> None:
         """Before memory is changed: keep a copy of what others are made from."""
