@@ -29,7 +29,7 @@ from memopt.registry import Claim, Context, Pass
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerInBackward(Pass):
-    """Steps each parameter in backward and drops its gradient: nearly no memory for gradients, one less per byte."""
+    """Steps each parameter as soon as its gradient is there and drops this: never are all gradients there at once."""
 
     name: ClassVar[str] = "optimizer_in_backward"
     stage: ClassVar = "wrap"  # after those that change what a step is
