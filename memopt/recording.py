@@ -25,7 +25,7 @@ from memopt import cheap
 from memopt.deferred import StandIn
 from memopt.deferred.value import saving_hooks
 from memopt.remat import Argument, Call, Here, Saved, Value, bytes_of, leaves, mapped
-from memopt.saved import Pack, Passed, Unpack, packers, unpack
+from memopt.saved import Pack, Passed, Unpack, hooks_allowed, packers, unpack
 from memopt.tensors import PLAIN, is_memory, span, storage_of, version_of
 
 DEEP = 16
@@ -68,7 +68,9 @@ class Recording(TorchFunctionMode):
     @property
     def on(self) -> bool:
         """Whether what autograd saves comes here."""
-        return torch.is_grad_enabled() and (self.hooks == saving_hooks() or recording() is self)
+        if not torch.is_grad_enabled() or not hooks_allowed():
+            return False
+        return self.hooks == saving_hooks() or recording() is self
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

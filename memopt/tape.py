@@ -107,6 +107,8 @@ class Tape:
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
         whole = self.mover.compress not in ("fp8", "int8")  # what nobody saved shall not share a scale with it
+        # Where it was written to, other parts may be written to yet and have counts of their own (unsafe_chunk; RNNs).
+        whole = whole and version_of(tensor) <= 0
         if whole and 2 * (stop - start) * size >= storage.nbytes():
             return 0, storage.nbytes() // size
         return start, stop

@@ -15,7 +15,9 @@ PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 def is_memory(tensor: Tensor) -> bool:
     """Whether a tensor is nothing but a view of plain memory: what can be copied byte by byte, and made again."""
-    if type(tensor) not in PLAIN or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+    if type(tensor) not in PLAIN or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         return False
     return tensor.device.type != "meta" and not tensor.is_conj() and not tensor.is_neg() and tensor.numel() > 0
 

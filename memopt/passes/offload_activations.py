@@ -65,10 +65,19 @@ class OffloadActivations(Pass):
         return Mover(self.to, folder=self.folder, compress=self.compress)
 
     def plan(self, model: nn.Module, context: Context) -> list[Claim]:
-        if not self.blocks:
-            return [Claim("", "activations", "saved tensors")] if any(True for _ in model.parameters()) else []
-        # Hooks inside a checkpoint's would keep what it means to compute again.
-        return [Claim(path, "activations", "activations") for path in matching_modules(model, self.blocks)]
+        if self.blocks:
+            # Hooks inside a checkpoint's would keep what it means to compute again.
+            found = [Claim(path, "activations", "activations") for path in matching_modules(model, self.blocks)]
+        else:
+            found = [Claim("", "activations", "saved tensors")] if any(True for _ in model.parameters()) else []
+        for claim in found:
+            for path, module in model.get_submodule(claim.path).named_modules(prefix=claim.path):
+                if isinstance(module, nn.RReLU):
+                    raise InputError(
+                        f"offload_activations: {path or 'the model'} is an RReLU, whose noise autograd saves before it "
+                        "is drawn, so that what moves would not be it. Choose blocks without it, or another activation."
+                    )
+        return found
 
     def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
         mover, counts, least, blocks = self._mover(), edit.counts, parse_bytes(self.min_bytes), self.blocks

@@ -232,6 +232,15 @@ def test_double_backward_gives_the_same_bits():
     same(model, [LEAN], backward=penalty)
 
 
+def test_transforms_of_torch_func_inside_a_model():
+    class Mapped(nn.Linear):
+        def forward(self, x):
+            one = torch.vmap(lambda row: F.dropout(F.silu(F.layer_norm(row, [6])), 0.3), randomness="different")
+            return F.gelu(super().forward(F.silu(x))) * one(x)
+
+    same(Mapped(6, 6), [LEAN])
+
+
 def test_a_retained_graph():
     def twice(loss):
         loss.backward(retain_graph=True)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import memopt
-from memopt import NothingToDo, PassConflict
+from memopt import InputError, NothingToDo, PassConflict
 from memopt.memory import limit
 from memopt.passes import AMP, Checkpoint, OffloadActivations
 from memopt.scratch import Scratch
@@ -288,6 +288,25 @@ def test_small_parts_of_large_storages_move_alone():
     x = torch.randn(100, 8)
     model(x).sum().backward()
     assert handle.report().rows[0].counts == {"storages moved out": 1, "bytes moved out": 4 * 2 * 64}
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_gates_that_are_computed_in_parts_of_one_storage(kind):
+    """Each part is written to in place, and has a count of that for itself."""
+    model, x = kind(8, 8, 2, dropout=0.3, batch_first=True), torch.randn(4, 5, 8)
+
+    def run():
+        torch.manual_seed(1)
+        return torch.autograd.grad(model(x)[0].square().sum(), [*model.parameters()])
+
+    expected = run()
+    memopt.apply(model, [OffloadActivations(min_bytes=1)])
+    assert_equal(run(), expected)
+
+
+def test_a_module_that_draws_after_autograd_has_saved_is_refused():
+    with pytest.raises(InputError, match="offload_activations: 1 is an RReLU, whose noise autograd saves before"):
+        memopt.apply(nn.Sequential(nn.Linear(4, 4), nn.RReLU()), [OffloadActivations()])
 
 
 def test_without_gradients_nothing_moves():
