@@ -10,7 +10,7 @@ def find_blocks(model: nn.Module, whole: bool = False) -> list[str]:
 
     They are the members of the outermost ModuleLists, ModuleDicts and Sequentials. A member that itself holds such a
     list directly (a UNet level with its list of residual blocks) is not taken whole but searched, so that a block
-    stays small. Single layers of torch are left out.
+    stays small, unless there is nothing but single layers of torch, which are left out.
 
     Args:
         model: the model.
@@ -20,13 +20,13 @@ def find_blocks(model: nn.Module, whole: bool = False) -> list[str]:
 
     def search(module: nn.Module, prefix: str, member: bool) -> None:
         lists = [c for c in module.children() if isinstance(c, (nn.ModuleList, nn.ModuleDict))]
-        if member and (not lists or (whole and _has_forward(module))):
+        container, before = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)), len(found)
+        if not member or (lists and not (whole and _has_forward(module))):
+            for name, child in module.named_children():
+                search(child, f"{prefix}.{name}" if prefix else name, member=container)
+        if member and len(found) == before and (not lists or _has_forward(module)):
             if _composite(module) and next(module.parameters(), None) is not None:
                 found.append(prefix)
-            return
-        container = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
-        for name, child in module.named_children():
-            search(child, f"{prefix}.{name}" if prefix else name, member=container)
 
     search(model, "", member=False)
     modules = dict(model.named_modules())

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ class Run:
         self.module, self.inner, self.spec = module, inner, spec
         self.arguments: Any = arguments  # until the forward is done
         self.leaves: Sequence[Any] = leaves  # until then, too
+        self.began = False
+        """Whether forward has: what is computed from then on, perhaps for gradients that it takes itself, is again."""
         self.mutated: frozenset[int] = frozenset()
         """Which of the leaves the block changes in place, so that copies of them are kept."""
         self.replay: Replay | None = None  # the module as it was when the forward began
@@ -64,7 +66,7 @@ class Run:
         self.joined: dict[int, _Joined] = {}
 
     def __call__(self, *leaves: Any) -> Any:
-        return self.recompute(leaves[len(self.joined) :]) if self.arguments is None else self.forward()
+        return self.recompute(leaves[len(self.joined) :]) if self.began else self.forward()
 
     def checkpointed(self, leaves: Sequence[Any]) -> Any:
         """A call of a block of which is known what it changes."""
@@ -93,6 +95,7 @@ class Run:
         return [leaf.clone() if i in self.mutated else _copy_cache(leaf) for i, leaf in enumerate(leaves)]
 
     def forward(self) -> Any:
+        self.began = True
         self.replay = Replay(self.module, writes=True)
         self.saves.begin([p for _, held in self.replay.held for p in held.values() if p is not None], self.leaves)
         args, kwargs = self.arguments
@@ -140,13 +143,15 @@ class Run:
         after: dict[int, int] = {}
 
         def run(*_: Any) -> Any:
-            if self.arguments is None:
+            if self.began:
                 if any(kept[i]._version != version for i, version in after.items()):
                     raise RuntimeError(
                         f"checkpoint: an input of a {type(self.module).__name__} was changed in place after the block "
-                        "had run, so it cannot be recomputed. Leave this block out with Checkpoint(blocks=...)."
+                        "had run, or before it took a gradient itself, so it cannot be recomputed. Leave this block "
+                        "out with Checkpoint(blocks=...)."
                     )
                 return self.recompute(kept)
+            after.update(before)
             output = self.forward()
             self.mutated = frozenset(i for i, t in tensors.items() if t._version != before[i])
             places = [tensors[i].untyped_storage()._cdata for i in self.mutated]
@@ -204,9 +209,15 @@ class _Saves:
         self.dropping = hooks_in_force()
         return saved_tensors_hooks(self.pack, unpack)
 
-    def again(self) -> saved_tensors_hooks:
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        before = self.at, self.dropping  # a forward that takes gradients itself goes on
         self.at, self.dropping = 0, hooks_in_force()
-        return saved_tensors_hooks(self.pack_again, _same)
+        try:
+            with saved_tensors_hooks(self.pack_again, _same):
+                yield
+        finally:
+            self.at, self.dropping = before
 
     @recomputes
     def pack(self, tensor: Tensor) -> Any:

@@ -13,7 +13,7 @@ a kept result was changed in place, and draw other random numbers after a kept o
 * What a recomputation never gets to is not kept: it ends with the last tensor that autograd saved.
 * A kept result is let go of once handed out, unless the graph is retained.
 * Views, operations in place and those with a generator are always done again. A kept result that was changed in place
-  is computed again.
+  is computed again, also where it was changed by another name that counts changes for itself (`matmul`, RNNs' gates).
 * After a kept operation that drew random numbers, the state of the generator is set to what it was then.
 """
 
@@ -93,12 +93,15 @@ class _Result:
         leaves, self.spec = tree_flatten(out)
         # Detached: torch gives the result itself a history, which would keep the graph that keeps it.
         self.leaves = [_detached(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.versions = [version_of(leaf) if isinstance(leaf, Tensor) else 0 for leaf in self.leaves]
+        self.versions = [(leaf, version_of(leaf)) for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def also(self, tensor: Tensor) -> None:
+        """Mind changes of another tensor, too."""
+        self.versions.append((_detached(tensor), version_of(tensor)))
 
     @property
     def changed(self) -> bool:
-        pairs = zip(self.leaves, self.versions, strict=True)
-        return any(isinstance(leaf, Tensor) and version_of(leaf) != version for leaf, version in pairs)
+        return any(version_of(tensor) != version for tensor, version in self.versions)
 
     def value(self) -> Any:
         if self.random is not None:
@@ -143,18 +146,38 @@ class _Mode(TorchDispatchMode):
 class Keep(_Mode):
     """Notes what forward does and keeps what the policy names."""
 
+    def __init__(self, record: Record) -> None:
+        super().__init__(record)
+        self.kept: dict[int, _Result] = {}  # by storage
+
     def step(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not _can_be_kept(func) or not self.record.keeps(func, *args, **kwargs):
             self.record.steps.append(func)
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if not _says_what_it_shares(func):
+                self.minds(out)
+            return out
         draws = torch.Tag.nondeterministic_seeded in func.tags
         before = _random_state(args) if draws else None
         given = self.given(args)
         out = func(*args, **kwargs)
+        if self.minds(out):
+            self.record.steps.append(func)
+            return out
         after = _random_state(args) if draws else None
         drew = after is not None and before is not None and not _same(before, after)
-        self.record.steps.append(_Result(func, given, out, after if drew else None))
+        result = _Result(func, given, out, after if drew else None)
+        self.record.steps.append(result)
+        self.kept.update((storage_of(x), result) for x in result.leaves if isinstance(x, Tensor))
         return out
+
+    def minds(self, out: Any) -> bool:
+        """Whether tensors are other names of what is kept; notes that they are."""
+        tensors = [x for x in ((out,) if isinstance(out, Tensor) else tree_leaves(out)) if isinstance(x, Tensor)]
+        kept = [(result, x) for x in tensors if (result := self.kept.get(storage_of(x))) is not None]
+        for result, tensor in kept:
+            result.also(tensor)
+        return bool(kept)
 
 
 class Hand(_Mode):
@@ -186,6 +209,12 @@ def _can_be_kept(func: Any) -> bool:
     if torch.Tag.nondeterministic_seeded in func.tags and str(func._schema.arguments[0].type) != "Tensor":
         return False  # it does not say whose generator it draws from
     return any("Tensor" in str(v.type) for v in func._schema.returns)
+
+
+@functools.cache
+def _says_what_it_shares(func: Any) -> bool:
+    """Whether an operation's schema tells that results have the memory of arguments, as that of a view does."""
+    return isinstance(func, torch._ops.OpOverload) and any(v.alias_info is not None for v in func._schema.returns)
 
 
 def _detached(tensor: Tensor) -> Tensor:

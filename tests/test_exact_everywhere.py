@@ -263,6 +263,7 @@ def work(rank: int, folder: str) -> None:
     except InputError as error:
         found["refused"] = str(error)
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
+    torch.distributed.barrier()  # gloo may abort a process whose partner is gone
     torch.distributed.destroy_process_group()
 
 

@@ -248,6 +248,7 @@ def worker(rank, folder):
         parallel.zero_grad()
         parallel(x[mine], t[mine]).square().mean().backward()
     torch.save([p.grad for p in model.parameters()], os.path.join(folder, f"{rank}.pt"))
+    torch.distributed.barrier()  # gloo may abort a process whose partner is gone
     torch.distributed.destroy_process_group()
 
 
