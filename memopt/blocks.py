@@ -24,9 +24,9 @@ def find_blocks(model: nn.Module, whole: bool = False) -> list[str]:
         if not member or (lists and not (whole and _has_forward(module))):
             for name, child in module.named_children():
                 search(child, f"{prefix}.{name}" if prefix else name, member=container)
-        if member and len(found) == before and (not lists or _has_forward(module)):
-            if _composite(module) and next(module.parameters(), None) is not None:
-                found.append(prefix)
+        whole_one = member and len(found) == before and (not lists or _has_forward(module))
+        if whole_one and _composite(module) and next(module.parameters(), None) is not None:
+            found.append(prefix)
 
     search(model, "", member=False)
     modules = dict(model.named_modules())

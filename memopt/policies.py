@@ -6,6 +6,7 @@ which comes down to it, as einsum does.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,8 +59,12 @@ def keeps_of(policy: str | Keeps) -> Keeps | None:
     if not names:
         return None
 
-    def keeps(op: Any, *args: Any, **kwargs: Any) -> bool:
+    @functools.cache
+    def named(op: Any) -> bool:
         return op.namespace == "aten" and op._schema.name[6:] in names
+
+    def keeps(op: Any, *args: Any, **kwargs: Any) -> bool:
+        return named(op)
 
     return keeps
 

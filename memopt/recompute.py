@@ -26,7 +26,7 @@ from memopt.policies import Keeps
 from memopt.replay import Replay
 from memopt.saved import Pack, Passed, Unpack, hold_for_now, hooks_in_force, kept_by, recomputes, unpack
 from memopt.selective import Record
-from memopt.tensors import is_memory, storage_of, version_of
+from memopt.tensors import is_memory, storage_of, unseen, version_of
 
 
 class Run:
@@ -96,13 +96,15 @@ class Run:
 
     def forward(self) -> Any:
         self.began = True
-        self.replay = Replay(self.module, writes=True)
-        self.saves.begin([p for _, held in self.replay.held for p in held.values() if p is not None], self.leaves)
+        with unseen():
+            self.replay = Replay(self.module, writes=True)
+            self.saves.begin([p for _, held in self.replay.held for p in held.values() if p is not None], self.leaves)
         args, kwargs = self.arguments
         with self.record.keeping() if self.record is not None else contextlib.nullcontext(), self.saves.forward():
             output = self.inner(*args, **kwargs)
-        self.saves.end()
-        self.replay.ran()
+        with unseen():
+            self.saves.end()
+            self.replay.ran()
         self.arguments, self.leaves = None, ()
         return output
 
@@ -181,7 +183,7 @@ class _Saves:
     """
 
     def __init__(self, record: Record | None, outer: tuple[Pack, Unpack] | None) -> None:
-        self.record, self.outside = record, outer
+        self.record, self.outside, self.selective = record, outer, record is not None
         self.inputs: list[_Input] = []
         self.joined: dict[int, _Joined] = {}  # of these storages only parts are kept
         self.there: dict[int, int] = {}  # storages that are there anyway, with the versions of inputs

@@ -18,15 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memopt import cheap
 from memopt.deferred import StandIn
 from memopt.deferred.value import saving_hooks
-from memopt.remat import Argument, Call, Here, Saved, Value, bytes_of, leaves, mapped
+from memopt.remat import Argument, Call, Here, Saved, Value, Weight, bytes_of, leaves, mapped
 from memopt.saved import Pack, Passed, Unpack, hooks_allowed, packers, unpack
-from memopt.tensors import PLAIN, is_memory, span, storage_of, version_of
+from memopt.tensors import PLAIN, is_memory, span, storage_of, unseen, version_of
 
 DEEP = 16
 """Calls one after another that are made again at most."""
@@ -58,7 +59,7 @@ class Recording(TorchFunctionMode):
         super().__init__()
         self.outer, self.least, self.counts = outer, least, counts
         # Hooks further out may be those that let weights come and go, which have other storages then.
-        self.parameters, self.buffers = _storages(parameters if outer is None else ()), _storages(buffers)
+        self.parameters, self.buffers = _Storages(parameters if outer is None else ()), _Storages(buffers)
         self.hooks: Any = None
         self._values = WeakIdKeyDictionary()  # by storage
         self._borrowed: deque[tuple[int, weakref.ref[Value]]] = deque()
@@ -93,7 +94,7 @@ class Recording(TorchFunctionMode):
         if not is_memory(tensor) or tensor.is_inference() or bytes_of(tensor) < self.least:
             return self._as_it_is(tensor)
         storage = tensor.untyped_storage()
-        if storage in self.parameters or storage in self.buffers:
+        if self.parameters.has(storage) or self.buffers.has(storage):
             return self._as_it_is(tensor)
         value = self._known(tensor)
         if value is None:
@@ -130,54 +131,62 @@ class Recording(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        again, writes = cheap.OPERATIONS.get(func), cheap.writes(func, args, kwargs)
+        if again is None and not writes and func not in cheap.PRODUCTS:
+            return func(*args, **kwargs)
         if torch.compiler.is_compiling():  # a part of the model is; its compiler decides what to keep
             return func(*args, **kwargs)
-        if cheap.writes(func, args, kwargs):
+        if writes:
             target = cheap.first(args, kwargs)
-            self._settle([target, kwargs.get("out")])
-            if isinstance(target, Tensor) and self._is_buffer(target):
+            with unseen():
+                self._settle([target, kwargs.get("out")])
+                buffer = isinstance(target, Tensor) and self._is_buffer(target)
+            if buffer:
                 return func(*args, **kwargs)
         if not self.on:
             return func(*args, **kwargs)
         if func in cheap.PRODUCTS:
             return func(*self._lowered(args[:1]), *args[1:], **kwargs)
-        again = cheap.OPERATIONS.get(func)
         if again is None or "out" in kwargs:
             return func(*args, **kwargs)
         args = self._brought(func, args)
-        given = list(leaves((args, kwargs)))
-        if not all(map(self._usable, given)) or not any(isinstance(leaf, Tensor) for leaf in given):
-            return func(*args, **kwargs)
-        return self._made(func, again, args, kwargs)
+        with unseen():
+            given = list(leaves((args, kwargs)))
+            known = all(map(self._usable, given)) and any(isinstance(leaf, Tensor) for leaf in given)
+        return self._made(func, again, args, kwargs) if known else func(*args, **kwargs)
 
     def _made(self, func: Any, again: cheap.Again, args: Any, kwargs: Any) -> Any:
-        how = again(func, args, kwargs)
+        with unseen():
+            how = again(func, args, kwargs)
+            if how is not None:
+                compute, replay = how
+                tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+                before = {storage_of(tensor) for tensor in tensors}
+                target = cheap.first(args, kwargs) if cheap.writes(func, args, kwargs) else None
+                self._calls += 1
+                while self._borrowed and self._borrowed[0][0] < self._calls - RECENT:
+                    self._let_go()
+                # Before the call, which may write to them.
+                given = mapped((replay.args, replay.kwargs), self._argument)
+                call = Call(replay.func, given[0], given[1], tensors[0].device)
         if how is None:
             return func(*args, **kwargs)
-        compute, replay = how
-        tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        before = {tensor.untyped_storage()._cdata for tensor in tensors}
-        target = cheap.first(args, kwargs) if cheap.writes(func, args, kwargs) else None
-        self._calls += 1
-        while self._borrowed and self._borrowed[0][0] < self._calls - RECENT:
-            self._let_go()
-        # Before the call, which may write to them.
-        given = mapped((replay.args, replay.kwargs), self._argument)
-        call = Call(replay.func, given[0], given[1], tensors[0].device)
         self._undecided = []
         try:
             result = compute(*args, **kwargs)
-            if type(result) in PLAIN and is_memory(result):
-                storage = result.untyped_storage()
-                fresh = storage._cdata not in before and result.storage_offset() == 0
-                if (fresh or result is target) and storage.nbytes() == result.nbytes:
-                    self._record(result, call)
-            if call.autocast[1] and func in cheap.WIDENED:
-                self._find_cast([x for x in tensors if x.shape == tensors[0].shape])
+            with unseen():
+                if type(result) in PLAIN and is_memory(result):
+                    storage = result.untyped_storage()
+                    fresh = storage._cdata not in before and result.storage_offset() == 0
+                    if (fresh or result is target) and storage.nbytes() == result.nbytes:
+                        self._record(result, call)
+                if call.autocast[1] and func in cheap.WIDENED:
+                    self._find_cast([x for x in tensors if x.shape == tensors[0].shape])
         finally:
             undecided, self._undecided = self._undecided, None
-            for saved, tensor in undecided:
-                self._decide(saved, tensor)
+            with unseen():
+                for saved, tensor in undecided:
+                    self._decide(saved, tensor)
         return result
 
     def _record(self, result: Tensor, call: Call) -> None:
@@ -206,12 +215,14 @@ class Recording(TorchFunctionMode):
         if not isinstance(leaf, Tensor):
             return leaf
         storage = leaf.untyped_storage()
-        if storage in self.buffers:
+        if self.buffers.has(storage):
             leaf = leaf.detach().clone()
             return Argument(Value(leaf), leaf)
-        if storage in self.parameters or isinstance(leaf, nn.Parameter):
+        if self.parameters.has(storage) or isinstance(leaf, nn.Parameter):
+            if self.outer is None:
+                return Weight(leaf)
             # Known by itself, and handed on at once: weights that come and go may have one another's storages.
-            weight = Value.free(leaf) if self.outer is None else Value(leaf)
+            weight = Value(leaf)
             weight.keep(None, self.outer)
             return Argument(weight, leaf)
         value = self._known(leaf)
@@ -242,17 +253,18 @@ class Recording(TorchFunctionMode):
         Where one part of a concatenation is used elsewhere, too, its gradient waits: the parts get gradients of their
         own then, which do not keep that of the whole.
         """
-        given = list(leaves(args))
+        given = [leaf for leaf in leaves(args) if isinstance(leaf, (Tensor, StandIn))]
         skips = [leaf for leaf in given if isinstance(leaf, StandIn) and leaf.moves]
         made = {id(skip): skip.make(func.__name__) for skip in skips}
         if made:
             args = mapped(args, lambda leaf: made.get(id(leaf), leaf))
-        if func in cheap.JOINS and (made or any(self._is_kept(leaf) for leaf in given)):
+        if func in cheap.JOINS and (made or any(map(self._is_kept, given))):
             args = mapped(args, self._with_own_gradient)
         return args
 
     def _is_kept(self, leaf: Any) -> bool:
-        value = self._known(leaf) if isinstance(leaf, Tensor) and is_memory(leaf) else None
+        with unseen():
+            value = self._known(leaf) if isinstance(leaf, Tensor) and is_memory(leaf) else None
         return value is not None and value.kept
 
     def _with_own_gradient(self, leaf: Any) -> Any:
@@ -260,7 +272,7 @@ class Recording(TorchFunctionMode):
         return cheap.OwnGradient.apply(leaf) if wants else leaf
 
     def _is_buffer(self, tensor: Tensor) -> bool:
-        return is_memory(tensor) and tensor.untyped_storage() in self.buffers
+        return is_memory(tensor) and self.buffers.has(tensor.untyped_storage())
 
     def _usable(self, leaf: Any) -> bool:
         if not isinstance(leaf, Tensor):
@@ -268,7 +280,7 @@ class Recording(TorchFunctionMode):
         if not is_memory(leaf) or leaf.is_inference():
             return False
         storage = leaf.untyped_storage()
-        return storage not in self.buffers or storage.nbytes() <= SMALL_BUFFER
+        return not self.buffers.has(storage) or storage.nbytes() <= SMALL_BUFFER
 
     def _let_go(self) -> None:
         value = self._borrowed.popleft()[1]()
@@ -280,7 +292,8 @@ class Recording(TorchFunctionMode):
         return [self._lower(x) if isinstance(x, Tensor) and self._usable(x) else x for x in inputs]
 
     def _lower(self, x: Tensor) -> Tensor:
-        dtype = cheap.lower_dtype(x)
+        with unseen():
+            dtype = cheap.lower_dtype(x)
         return x if dtype is None else self._made(Tensor.to, cheap.plainly, (x, dtype), {})
 
     def _settle(self, written: list[Any]) -> None:
@@ -298,13 +311,16 @@ class Recording(TorchFunctionMode):
                     value.stale = True
 
 
-def _storages(tensors: Iterable[Tensor]) -> WeakIdKeyDictionary:
+class _Storages:
     """The storages of tensors, as far as they live: a later one may have the address of one that died."""
-    found = WeakIdKeyDictionary()
-    for tensor in tensors:
-        if is_memory(tensor):
-            found[tensor.untyped_storage()] = True
-    return found
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        storages = [tensor.untyped_storage() for tensor in tensors if is_memory(tensor)]
+        self._known = {storage._cdata: StorageWeakRef(storage) for storage in storages}
+
+    def has(self, storage: torch.UntypedStorage) -> bool:
+        known = self._known.get(storage._cdata)
+        return known is not None and not known.expired()
 
 
 def recording() -> Recording | None:

@@ -19,9 +19,10 @@ makes fewer tensors at a time, and what an offload moves is what is kept.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,25 +65,31 @@ class Value:
         self.dtype, self.bytes, self.version = tensor.dtype, bytes_of(tensor), version_of(tensor)
         self.start, self.stop = span(tensor)
         self.call = call
-        self.held: Tensor | Stays | Passed | _Parameter | None = tensor.detach() if call is None else None
+        self.held: Tensor | Stays | Passed | None = tensor.detach() if call is None else None
         self.kept = self.stale = False
         """Whether it is held for good, and not only for a while in case it is needed; whether it was written to."""
-        self.depth: int = 0 if call is None else 1 + max(value.depth for value in call.values())
+        self.depth: int = 0 if call is None else 1 + max((value.depth for value in call.values), default=0)
         self.near: Tensor | None = None
-        self.saved: weakref.WeakSet[Saved] = weakref.WeakSet()
-        """What autograd keeps of it."""
-        self.users: weakref.WeakSet[Value] = weakref.WeakSet()
-        """What is made from it."""
-        self.waiting: weakref.WeakSet[Saved] = weakref.WeakSet()
-        """What backward has yet to ask for that is made from this."""
-        self.asked: weakref.WeakSet[Saved] = weakref.WeakSet()
 
-    @classmethod
-    def free(cls, tensor: Tensor) -> Value:
-        """A parameter: the model keeps it, and it may be elsewhere meanwhile."""
-        value = cls(tensor, None)
-        value.held, value.kept, value.bytes = _Parameter(tensor), True, 0
-        return value
+    @functools.cached_property
+    def saved(self) -> weakref.WeakSet[Saved]:
+        """What autograd keeps of it."""
+        return weakref.WeakSet()
+
+    @functools.cached_property
+    def users(self) -> weakref.WeakSet[Value]:
+        """What is made from it."""
+        return weakref.WeakSet()
+
+    @functools.cached_property
+    def waiting(self) -> weakref.WeakSet[Saved]:
+        """What backward has yet to ask for that is made from this."""
+        return weakref.WeakSet()
+
+    @functools.cached_property
+    def asked(self) -> weakref.WeakSet[Saved]:
+        """What it has asked for."""
+        return weakref.WeakSet()
 
     def path(self) -> list[Value]:
         """This value and all that making it needs, each once."""
@@ -92,7 +99,7 @@ class Value:
             value = coming.pop()
             if value not in found:
                 found[value] = None
-                coming += value.call.values() if value.call is not None else ()
+                coming += value.call.values if value.call is not None else ()
         return list(found)
 
     @property
@@ -127,7 +134,7 @@ class Value:
     @property
     def light(self) -> bool:
         """Whether what it is made from is smaller, and waits in its place."""
-        return self.call is not None and sum(value.bytes for value in set(self.call.values())) < self.bytes
+        return self.call is not None and sum(value.bytes for value in self.call.values) < self.bytes
 
     @property
     def requests(self) -> int:
@@ -141,17 +148,6 @@ class Value:
         if not self.waiting:  # the next backward through a retained graph begins anew
             self.near = None
             self.waiting, self.asked = self.asked, self.waiting
-
-
-class _Parameter:
-    """A parameter; another pass may have moved its data away from the device."""
-
-    def __init__(self, parameter: Tensor) -> None:
-        self.parameter, self.device, self.version = parameter, parameter.device, version_of(parameter)
-
-    def tensor(self) -> Tensor:
-        check_version(self.parameter, self.version)
-        return self.parameter.detach().to(self.device)
 
 
 class Here(Stays):
@@ -172,18 +168,28 @@ class Argument:
         return self.geometry.of(self.value.get())
 
 
+class Weight:
+    """A parameter among the arguments of a call: the model keeps it; another pass may have moved its data away."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter, self.device, self.version = parameter, parameter.device, version_of(parameter)
+
+    def get(self) -> Tensor:
+        check_version(self.parameter, self.version)
+        return self.parameter.detach().to(self.device)
+
+
 class Call:
     """A call that can be made again."""
 
     def __init__(self, func: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
         self.autocast = cheap.autocast_state(device)
-
-    def values(self) -> Iterator[Value]:
-        return (leaf.value for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, Argument))
+        self.values = tuple(dict.fromkeys(leaf.value for leaf in leaves((args, kwargs)) if isinstance(leaf, Argument)))
+        """What it needs, each once."""
 
     def __call__(self) -> Tensor:
-        args, kwargs = mapped((self.args, self.kwargs), lambda x: x.get() if isinstance(x, Argument) else x)
+        args, kwargs = mapped((self.args, self.kwargs), lambda x: x.get() if isinstance(x, (Argument, Weight)) else x)
         with torch.no_grad(), torch._C.DisableTorchFunction(), cheap.autocast_as(self.autocast):
             made: Tensor = self.func(*args, **kwargs)
             return made
@@ -206,7 +212,7 @@ class Saved:
         self.value.saved.add(self)
         for user in self.path:
             user.waiting.add(self)
-            for value in user.call.values() if user.call is not None else ():
+            for value in user.call.values if user.call is not None else ():
                 value.users.add(user)
 
     def holds(self) -> list[Tensor]:
@@ -222,15 +228,17 @@ class Saved:
             return tensor
 
 
-def leaves(value: Any) -> Iterator[Any]:
+def leaves(value: Any) -> list[Any]:
     """What is in nested tuples, lists and dicts."""
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from leaves(item)
-    elif isinstance(value, dict):
-        yield from leaves(list(value.values()))
-    else:
-        yield value
+    if not isinstance(value, (tuple, list, dict)):
+        return [value]
+    found = []
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, (tuple, list, dict)):
+            found += leaves(item)
+        else:
+            found.append(item)
+    return found
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:

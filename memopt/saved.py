@@ -111,6 +111,11 @@ def in_checkpoint() -> bool:
     return any(getattr(pack, "recomputes", False) or getattr(pack, "__module__", "") == home for pack in packers())
 
 
+def in_selective_checkpoint() -> bool:
+    """Whether the checkpoint here has a policy of what it keeps, and makes the rest again once."""
+    return any(getattr(getattr(pack, "__self__", None), "selective", False) for pack in packers())
+
+
 def hooks_allowed() -> bool:
     """Whether hooks can be put on here: not in transforms of torch.func, nor where somebody has forbidden them."""
     allowed: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]

@@ -121,18 +121,21 @@ class _Mode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.record.quiet or func in _PASSED_OVER:
+        kind = _kind(func)
+        if self.record.quiet or kind.passed_over:
             return func(*args, **kwargs)
-        counts = func not in _UNCOUNTED
-        out = self.step(func, args, kwargs) if counts else func(*args, **kwargs)
-        self.at += counts
+        if kind.counts:
+            out = self.step(func, kind, args, kwargs)
+            self.at += 1
+        else:
+            out = func(*args, **kwargs)
         if isinstance(out, Tensor):
             self.origins[storage_of(out)] = self.at
         else:
             self.origins.update((storage_of(x), self.at) for x in tree_leaves(out) if isinstance(x, Tensor))
         return out
 
-    def step(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def step(self, func: Any, kind: _Kind, args: Any, kwargs: Any) -> Any:
         """Do, or hand out the result of, an operation that counts."""
         raise NotImplementedError
 
@@ -150,21 +153,20 @@ class Keep(_Mode):
         super().__init__(record)
         self.kept: dict[int, _Result] = {}  # by storage
 
-    def step(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if not _can_be_kept(func) or not self.record.keeps(func, *args, **kwargs):
+    def step(self, func: Any, kind: _Kind, args: Any, kwargs: Any) -> Any:
+        if not kind.can_be_kept or not self.record.keeps(func, *args, **kwargs):
             self.record.steps.append(func)
             out = func(*args, **kwargs)
-            if not _says_what_it_shares(func):
+            if not kind.says_what_it_shares and self.kept:
                 self.minds(out)
             return out
-        draws = torch.Tag.nondeterministic_seeded in func.tags
-        before = _random_state(args) if draws else None
+        before = _random_state(args) if kind.draws else None
         given = self.given(args)
         out = func(*args, **kwargs)
         if self.minds(out):
             self.record.steps.append(func)
             return out
-        after = _random_state(args) if draws else None
+        after = _random_state(args) if kind.draws else None
         drew = after is not None and before is not None and not _same(before, after)
         result = _Result(func, given, out, after if drew else None)
         self.record.steps.append(result)
@@ -185,7 +187,7 @@ class Hand(_Mode):
 
     lost = False
 
-    def step(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def step(self, func: Any, kind: _Kind, args: Any, kwargs: Any) -> Any:
         steps, at = self.record.steps, self.at
         if self.lost or at >= len(steps) or steps[at] is func:
             return func(*args, **kwargs)
@@ -198,23 +200,25 @@ class Hand(_Mode):
         return func(*args, **kwargs) if step.changed else step.value()
 
 
-@functools.cache
-def _can_be_kept(func: Any) -> bool:
-    """Whether an operation gives new memory, and nothing but that."""
-    if not isinstance(func, torch._ops.OpOverload):
-        return False
-    values = (*func._schema.arguments, *func._schema.returns)
-    if any(v.alias_info is not None or "Generator" in str(v.type) for v in values):
-        return False
-    if torch.Tag.nondeterministic_seeded in func.tags and str(func._schema.arguments[0].type) != "Tensor":
-        return False  # it does not say whose generator it draws from
-    return any("Tensor" in str(v.type) for v in func._schema.returns)
+class _Kind:
+    """What there is to know of an operation."""
+
+    def __init__(self, func: Any) -> None:
+        self.passed_over, self.counts = func in _PASSED_OVER, func not in _UNCOUNTED
+        self.draws = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        self.can_be_kept = self.says_what_it_shares = False
+        """Whether it gives new memory and nothing but that; whether its results share that of arguments, as views do,
+        and its schema tells."""
+        if isinstance(func, torch._ops.OpOverload):
+            takes, gives = func._schema.arguments, func._schema.returns
+            self.says_what_it_shares = any(v.alias_info is not None for v in gives)
+            plain = not any(v.alias_info is not None or "Generator" in str(v.type) for v in (*takes, *gives))
+            # Otherwise it does not say whose generator it draws from.
+            from_its_own = not self.draws or str(takes[0].type) == "Tensor"
+            self.can_be_kept = plain and from_its_own and any("Tensor" in str(v.type) for v in gives)
 
 
-@functools.cache
-def _says_what_it_shares(func: Any) -> bool:
-    """Whether an operation's schema tells that results have the memory of arguments, as that of a view does."""
-    return isinstance(func, torch._ops.OpOverload) and any(v.alias_info is not None for v in func._schema.returns)
+_kind = functools.cache(_Kind)
 
 
 def _detached(tensor: Tensor) -> Tensor:

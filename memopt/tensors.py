@@ -12,6 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 PLAIN = (Tensor, nn.Parameter, FakeTensor)
 """Types of tensors without a behaviour of their own."""
 
+unseen = torch._C.DisableTorchFunction
+"""A context in which no function mode is told of what is asked of tensors: that costs more than the asking."""
+
 
 def is_memory(tensor: Tensor) -> bool:
     """Whether a tensor is nothing but a view of plain memory: what can be copied byte by byte, and made again."""

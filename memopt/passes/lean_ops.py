@@ -22,7 +22,7 @@ from memopt.cheap import FAMILIES
 from memopt.core import Edit
 from memopt.recording import Recording, recording
 from memopt.registry import Claim, Context, Pass
-from memopt.saved import hooks_allowed, hooks_in_force
+from memopt.saved import hooks_allowed, hooks_in_force, in_selective_checkpoint
 from memopt.source import names_in
 from memopt.units import parse_bytes
 
@@ -61,10 +61,12 @@ class LeanOps(Pass):
                 return inner(*args, **kwargs)
             if not torch.is_grad_enabled() or not hooks_allowed() or recording() is not None:
                 return inner(*args, **kwargs)
+            if in_selective_checkpoint():  # has made the cheap results once more, for a block at a time
+                return inner(*args, **kwargs)
             with Recording(hooks_in_force(), module.parameters(), module.buffers(), least, counts).active():
                 return inner(*args, **kwargs)
 
-        # Also inside: a checkpoint runs a block again with hooks of its own.
+        # Also inside: a full checkpoint runs a block again with hooks of its own.
         for module in edit.model.modules():
             if module is edit.model or any(True for _ in module.children()):
                 edit.wrap(module, "forward", around)
