@@ -19,13 +19,15 @@ def find_blocks(model: nn.Module, whole: bool = False) -> list[str]:
     found: list[str] = []
 
     def search(module: nn.Module, prefix: str, member: bool) -> None:
-        lists = [c for c in module.children() if isinstance(c, (nn.ModuleList, nn.ModuleDict))]
-        container, before = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)), len(found)
-        if not member or (lists and not (whole and _has_forward(module))):
+        is_list = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        lists = any(isinstance(child, (nn.ModuleList, nn.ModuleDict)) for child in module.children())
+        before = len(found)
+        if not member or is_list or (lists and not (whole and _has_forward(module))):
+            container = is_list or isinstance(module, nn.Sequential)
             for name, child in module.named_children():
                 search(child, f"{prefix}.{name}" if prefix else name, member=container)
-        whole_one = member and len(found) == before and (not lists or _has_forward(module))
-        if whole_one and _composite(module) and next(module.parameters(), None) is not None:
+        taken = member and not is_list and len(found) == before and (_has_forward(module) or not lists)
+        if taken and _composite(module) and next(module.parameters(), None) is not None:
             found.append(prefix)
 
     search(model, "", member=False)
