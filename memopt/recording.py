@@ -131,10 +131,10 @@ class Recording(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a part of the model is; its compiler decides what to keep
+            return func(*args, **kwargs)
         again, writes = cheap.OPERATIONS.get(func), cheap.writes(func, args, kwargs)
         if again is None and not writes and func not in cheap.PRODUCTS:
-            return func(*args, **kwargs)
-        if torch.compiler.is_compiling():  # a part of the model is; its compiler decides what to keep
             return func(*args, **kwargs)
         if writes:
             target = cheap.first(args, kwargs)
