@@ -97,7 +97,7 @@ class Run:
     def forward(self) -> Any:
         self.began = True
         with unseen():
-            self.replay = Replay(self.module, writes=True)
+            self.replay = Replay(self.module, writes=True, given=self.leaves)
             self.saves.begin([p for _, held in self.replay.held for p in held.values() if p is not None], self.leaves)
         args, kwargs = self.arguments
         with self.record.keeping() if self.record is not None else contextlib.nullcontext(), self.saves.forward():
@@ -127,8 +127,9 @@ class Run:
         copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else _copy_cache(leaf) for leaf in leaves]
         devices = {leaf.device for leaf in copies if isinstance(leaf, Tensor) and leaf.is_cuda}
         args, kwargs = tree_unflatten(copies, self.spec)
-        unseen = self.record.unseen() if self.record is not None else contextlib.nullcontext()
-        with torch.no_grad(), torch.random.fork_rng(devices), unseen, Replay(self.module, writes=True).again():
+        quiet = self.record.unseen() if self.record is not None else contextlib.nullcontext()
+        replay = Replay(self.module, writes=True, given=leaves)
+        with torch.no_grad(), torch.random.fork_rng(devices), quiet, replay.again():
             self.inner(*args, **kwargs)
         changed = [isinstance(leaf, Tensor) and leaf._version > 0 for leaf in copies]
         self.mutated = frozenset(i for i, was in enumerate(changed) if was)

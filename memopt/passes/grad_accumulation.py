@@ -14,12 +14,13 @@ are sums over parts of what were sums over the batch, which rounds in another wa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -30,9 +31,9 @@ from memopt.deferred.standin import made
 from memopt.errors import InputError
 from memopt.nested import Path, flatten
 from memopt.registry import Claim, Context, Pass
-from memopt.replay import Replay
+from memopt.replay import SMALL_BUFFER, Replay
 from memopt.saved import hooks_allowed
-from memopt.tensors import version_of
+from memopt.tensors import is_memory, version_of
 
 CONSTANTS = (str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device)
 """Types of outputs that need not be joined where they are equal."""
@@ -114,12 +115,12 @@ class GradAccumulation(Pass):
 
             pieces = {i: leaves[i].split(sizes) for i in chosen}
             way = (module.training, *paths)
+            if rehearsed.get(way, 0) < sizes[0]:
+                _rehearse(module, call, leaves, names, chosen, sizes[0])
+                rehearsed[way] = sizes[0]
             outputs = []
             for k in range(len(sizes)):
                 part = [pieces[i][k] if i in pieces else leaf for i, leaf in enumerate(leaves)]
-                if k == 0 and torch.is_grad_enabled() and rehearsed.get(way, 0) < sizes[0]:
-                    _rehearse(module, call, part)
-                    rehearsed[way] = sizes[0]
                 outputs.append(_run(module, call, part, names, first=k == 0, again=k < len(sizes) - 1))
             counts["batches split"] += 1
             counts["parts"] += len(sizes)
@@ -168,17 +169,43 @@ def _batch(
     return batch, [i for i in chosen if i == lead or found[i]]
 
 
-def _rehearse(module: nn.Module, call: Callable[..., Any], leaves: list[Any]) -> None:
+def _rehearse(
+    module: nn.Module, call: Callable[..., Any], leaves: list[Any], names: list[str], chosen: list[int], size: int
+) -> None:
     """Run a part for nothing: other passes learn from a model's first forward, and then do something else.
 
-    What is recorded and what is computed again must be alike.
+    What is recorded and what is computed again must be alike. A part of another size tells which outputs have a row for
+    each sample, and not the length of a part by chance.
     """
-    replay = Replay(module)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    devices = {x.device.index for x in tensors if x.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(devices)):
-        call(*(x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves))
-    replay.restore()
+    model = type(module).__name__
+    for name, leaf in zip(names, leaves, strict=True):
+        if isinstance(leaf, Iterator):
+            raise InputError(f"grad_accumulation: {name} of {model} is an iterator, which the first part would empty")
+    devices = {x.device.index for x in leaves if isinstance(x, Tensor) and x.device.type == "cuda"}
+    sizes = [size, size - 1 or 2]
+    with torch.random.fork_rng(sorted(devices)), Replay(module, writes=True, given=leaves).again():
+        before, held = _state(module), _attributes(module)
+        copies = {key: x.detach().clone() for key, (x, _) in before.items() if _may_change_unseen(x)}
+        outputs: list[Any] = []
+        for n in sizes:
+            part = [x[:n] if i in chosen else x for i, x in enumerate(leaves)]
+            part = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in part]
+            _, found, make = flatten(made(call(*part)))
+            outputs.append(make([x.detach() if isinstance(x, Tensor) else x for x in found]))
+        try:
+            _check_state(module, before, copies)
+        except InputError:
+            with torch.no_grad():
+                for key, copy in copies.items():
+                    before[key][0].copy_(copy)
+            raise
+        for key, value in _attributes(module).items():
+            if value.requires_grad and held.get(key) is not value:
+                raise InputError(
+                    f"grad_accumulation: {model} keeps a result with a gradient as {'.'.join(key).lstrip('.')}, which "
+                    "would be that of the last part of a batch alone. Return it, or leave the pass out."
+                )
+        _joined(model, outputs, sizes)
 
 
 def _run(
@@ -186,10 +213,10 @@ def _run(
 ) -> Any:
     """The outputs of one part. What the parts would spoil for each other, the first one shows."""
     again = again and torch.is_grad_enabled()
-    buffers = [(place, b, version_of(b)) for place, b in _buffers(module).items()] if first else []
+    before = _state(module) if first else {}
     inputs = [(i, version_of(x)) for i, x in enumerate(leaves) if again and isinstance(x, Tensor)]
     if again:
-        replay = Replay(module)
+        replay = Replay(module, given=leaves)
         began = False
 
         def run(*leaves: Any) -> Any:
@@ -203,13 +230,8 @@ def _run(
         output = checkpoint(run, *leaves, use_reentrant=False)
     else:
         output = call(*leaves)
-    now = _buffers(module) if first else {}
-    for (path, name), buffer, version in buffers:
-        if now.get((path, name)) is not buffer or version_of(buffer) != version:
-            raise InputError(
-                f"grad_accumulation: {type(module).__name__} changes its buffer {f'{path}.{name}'.lstrip('.')} in "
-                "forward, which would happen once for each part of a batch. Leave the pass out."
-            )
+    if first:
+        _check_state(module, before, {})
     for i, version in inputs:
         if version_of(leaves[i]) != version:
             raise InputError(
@@ -219,8 +241,46 @@ def _run(
     return output
 
 
-def _buffers(module: nn.Module) -> dict[tuple[str, str], Tensor]:
-    return {(p, n): b for p, m in module.named_modules() for n, b in m._buffers.items() if b is not None}
+State = dict[tuple[str, str], tuple[Tensor, int]]
+"""Tensors of modules by the paths of these and their own names, with their versions."""
+
+
+def _state(module: nn.Module) -> State:
+    return {
+        (path, name): (x, version_of(x))
+        for path, m in module.named_modules()
+        for name, x in [*m._buffers.items(), *m._parameters.items()]
+        if x is not None
+    }
+
+
+def _attributes(module: nn.Module) -> dict[tuple[str, str], Tensor]:
+    """Tensors that modules hold otherwise."""
+    return {
+        (path, name): value
+        for path, m in module.named_modules()
+        for name, value in vars(m).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _may_change_unseen(tensor: Tensor) -> bool:
+    """Whether its content is compared: kernels of batch norm, and ``.data``, write without counting."""
+    seen = tensor.requires_grad or tensor.nbytes > SMALL_BUFFER or isinstance(tensor, FakeTensor)
+    return is_memory(tensor) and not seen
+
+
+def _check_state(module: nn.Module, before: State, copies: dict[tuple[str, str], Tensor]) -> None:
+    """Raise an InputError where a buffer or parameter is another than before."""
+    now = _state(module)
+    for key, (tensor, version) in before.items():
+        same = key in now and now[key][0] is tensor and now[key][1] == version
+        if not same or (key in copies and not torch.allclose(tensor, copies[key], rtol=0, atol=0, equal_nan=True)):
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+            raise InputError(
+                f"grad_accumulation: {type(module).__name__} changes its {kind} {'.'.join(key).lstrip('.')} in "
+                "forward, which would happen once for each part of a batch. Leave the pass out."
+            )
 
 
 def _joined(model: str, outputs: list[Any], sizes: list[int]) -> Any:
@@ -237,7 +297,7 @@ def _joined(model: str, outputs: list[Any], sizes: list[int]) -> Any:
         what = f"the output {'.'.join(path)} of {model}" if path else f"the output of {model}"
         if all(isinstance(value, Tensor) for value in values):
             for value, size in zip(values, sizes, strict=True):
-                if not value.dim() or len(value) != size:
+                if not value.dim() or len(value) != size or value.shape[1:] != values[0].shape[1:]:
                     raise InputError(
                         f"grad_accumulation: {what} has the shape {list(value.shape)} for a part of {size} samples, so "
                         "it cannot be joined along the batch. A loss is computed outside of the model, from what it "

@@ -114,3 +114,70 @@ def test_blocks_of_single_layers_in_a_list():
     assert find_blocks(Net(Layers(), Layers())) == ["blocks.0", "blocks.1"]
     assert find_blocks(Net(nn.ModuleList([nn.Linear(16, 16), nn.ReLU()]))) == []  # nobody calls a list
     both(lambda: Net(Layers(), Layers()), torch.randn(3, 16), [Checkpoint()])
+
+
+class Noisy(nn.Module):
+    """Multiplies with numbers of a generator that it holds in a dict, or is given."""
+
+    def __init__(self, holds):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.generators = {"noise": torch.Generator().manual_seed(3)} if holds else {}
+
+    def forward(self, x, generator):
+        generator = self.generators.get("noise", generator)
+        return torch.tanh(self.linear(x) * torch.randn(x.shape, generator=generator))
+
+
+class Draws(nn.Module):
+    def __init__(self, holds):
+        super().__init__()
+        self.blocks = nn.ModuleList([Noisy(holds) for _ in range(2)])
+
+    def forward(self, x):
+        generator = torch.Generator().manual_seed(5)
+        if (own := self.blocks[0].generators.get("noise")) is not None:
+            own.manual_seed(6)
+        for block in self.blocks:
+            x = block(x, generator)
+        return x
+
+
+@pytest.mark.parametrize("way", ["full", *CHEAP])
+@pytest.mark.parametrize("holds", [True, False], ids=["held", "given"])
+def test_generators_that_a_block_is_given_or_holds_in_a_dict(holds, way):
+    both(lambda: Draws(holds), torch.randn(3, 16), CHEAP.get(way, [Checkpoint()]), steps=2)
+
+
+@pytest.mark.parametrize("needs", [True, False])
+@pytest.mark.parametrize("way", ["full", *CHEAP])
+def test_weights_that_are_frozen_or_thawed_between_forward_and_backward(way, needs):
+    """As a discriminator's, while it judges for the generator."""
+
+    def gradients(passes):
+        torch.manual_seed(0)
+        model, x = Net(), torch.randn(3, 16, requires_grad=True)
+        memopt.apply(model, passes)
+        for _ in range(2):  # the first call of a block is another
+            x.grad = None
+            model.requires_grad_(needs)
+            out = model(x).square().sum()
+            model.requires_grad_(not needs)
+            out.backward()
+            assert all(p.requires_grad is not needs for p in model.parameters())
+        return [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    expected, found = gradients([]), gradients(CHEAP.get(way, [Checkpoint()]))
+    assert len(expected) == len(found)
+    assert all(map(torch.equal, expected, found))
+
+
+def test_a_weight_written_between_forward_and_backward_is_an_error():
+    """Also one that autograd would not have saved, as a bias; what is computed again needs it."""
+    model = Net()
+    memopt.apply(model, [Checkpoint()])
+    out = model(torch.randn(3, 16)).sum()
+    with torch.no_grad():
+        model.blocks[0].a.bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import memopt
+from memopt import InputError
 from memopt.passes import (
     AMP,
     BlockSwap,
@@ -27,7 +28,7 @@ from tests.zoo import ZOO, run
 
 
 class Random(nn.Module):
-    """Dropout of the global generator and of one of its own."""
+    """Dropout of the global generator and of one of its own, or one that it is given."""
 
     def __init__(self):
         super().__init__()
@@ -35,27 +36,29 @@ class Random(nn.Module):
         self.generator = torch.Generator().manual_seed(3)
         self.masks = []
 
-    def forward(self, x):
+    def forward(self, x, generator=None):
         x = self.drop(self.layer(x))
-        keep = torch.rand(x.shape, generator=self.generator) > 0.5
+        keep = torch.rand(x.shape, generator=self.generator if generator is None else generator) > 0.5
         self.masks.append(((x.detach() != 0) & keep).clone())
         return (x * keep).square()
 
 
-def test_masks_are_drawn_again_as_they_were():
+@pytest.mark.parametrize("given", [False, True], ids=["held", "given"])
+def test_masks_are_drawn_again_as_they_were(given):
     model = Random()
     handle = memopt.apply(model, [GradAccumulation(parts=3)])
     assert any("other masks" in note for note in handle.report().rows[0].notes)
     x = torch.randn(6, 16)
-    model(x)
+    generator = torch.Generator().manual_seed(4) if given else model.generator
+    model(x, generator)
     model.masks.clear()
-    y = model(x)
+    y = model(x, generator)
     kept = torch.cat(model.masks)
     assert torch.equal(y != 0, kept)
-    global_state, own_state = torch.get_rng_state(), model.generator.get_state()
+    global_state, own_state = torch.get_rng_state(), generator.get_state()
     y.sum().backward()
     assert torch.equal(torch.get_rng_state(), global_state)
-    assert torch.equal(model.generator.get_state(), own_state)
+    assert torch.equal(generator.get_state(), own_state)
     # By hand: y = (2 kept (W x + b))^2.
     by_hand = 2 * 4 * ((model.layer(x) * kept).detach()).T @ x
     assert torch.allclose(model.layer.weight.grad, by_hand, atol=1e-4)
@@ -233,6 +236,80 @@ def test_checkpoint_and_parts_keep_less_than_either():
 
     both = kept(Checkpoint(blocks="*"), GradAccumulation(parts=4))
     assert both < min(kept(Checkpoint(blocks="*")), kept(GradAccumulation(parts=4))) < kept()
+
+
+class Wrong(nn.Module):
+    """Does, in a way that is asked for, what parts of a batch cannot do alike."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.layer, self.way = nn.Linear(4, 4), way
+        self.code = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x, each=()):
+        y = self.layer(x)
+        if self.way == "code":
+            with torch.no_grad():
+                self.code.add_(1)
+        if self.way == "statistics":  # the kernel counts no change
+            y = nn.functional.batch_norm(y, self.mean, self.var, training=True)
+        if self.way == "attribute":
+            self.loss = y.square().mean()
+        if self.way == "iterator":
+            y = y * next(each)
+        if self.way == "transposed":
+            return y.mT
+        return (y, {"row": self.code, "length": len(x), "shape": x.shape}[self.way]) if self.way in ROWS else y
+
+
+ROWS = ("row", "length", "shape")
+REFUSED = {
+    "code": "changes its parameter code in forward",
+    "statistics": "changes its buffer mean in forward",
+    "attribute": "keeps a result with a gradient as loss, which would be that of the last part",
+    "iterator": "each of Wrong is an iterator",
+    "transposed": r"has the shape \[4, 3\] for a part of 3 samples",
+    "row": r"the output 1 of Wrong has the shape \[4, 4\] for a part of 3 samples",
+    "length": "the output 1 of Wrong is a int, another one for each part",
+    "shape": r"the output 1\.0 of Wrong is a int, another one for each part",
+}
+
+
+@pytest.mark.parametrize("way", REFUSED)
+def test_what_equal_parts_would_hide_is_refused_and_nothing_has_changed(way):
+    model = Wrong(way)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    memopt.apply(model, [GradAccumulation(parts=2)])
+    with pytest.raises(InputError, match=REFUSED[way]):
+        model(torch.randn(8, 4), *([iter([2.0, 3.0])] if way == "iterator" else []))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("needs", [True, False])
+def test_weights_that_are_frozen_or_thawed_between_forward_and_backward(needs):
+    def gradients(*passes):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double(), torch.randn(8, 4).double()
+        memopt.apply(model, passes)
+        model.requires_grad_(needs)
+        out = model(x.requires_grad_()).square().sum()
+        model.requires_grad_(not needs)
+        out.backward()
+        return [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    assert error(gradients(GradAccumulation()), gradients()) < 1e-14
+
+
+def test_a_weight_written_between_forward_and_backward_is_an_error():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    memopt.apply(model, [GradAccumulation()])
+    out = model(torch.randn(8, 4)).sum()
+    with torch.no_grad():
+        model[0].bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
 
 
 def worker(rank, folder):
