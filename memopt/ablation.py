@@ -1,17 +1,17 @@
 """What each pass of a set contributes: the rows of ``memopt ablate``, measured.
 
 A row is a set of passes. There is one without any, one for each pass alone, one for all that go together but each, one
-for all. A pass that is refused beside those before it is not in the last two; it has a row *all + pass*, which holds
-the reason. Whatever fails, the other rows are there.
+for all. A pass that fails alone is not in the last two, nor is one that is refused beside those before it; that has a
+row *all + pass*, which holds the reason. Whatever fails, the other rows are there.
 
-Three things are measured. Memory, by a profile of the row. Errors, on true steps: two, from the same weights, batch and
-random states for every row, the second with the weights that the first one's optimizer made, so that passes on the
-optimizer and what passes learn in a first call are seen, too. Time, on true steps as well: rounds over all rows, in
-each of which every row runs a step to warm up and one that counts. What else the machine does in the meantime meets all
-rows alike, which copies of the model, one for each row, would buy with memory.
+Three things are measured. Memory, by a profile of the row. Errors, on true steps: three, from the same weights, batch
+and random states for every row. The second has the weights that the first one's optimizer made, and shows what passes
+learn in a first call; the third has those that the optimizer made from the states it kept. Time, on true steps as well:
+rounds over all rows, in each of which every row runs a step to warm up and one that counts. What else the machine does
+in the meantime meets all rows alike, which copies of the model, one for each row, would buy with memory.
 
-Parameters that are all zero, as the last layers of diffusion models are before training, are filled with small random
-numbers for these steps: they would hide any error in what lies before them.
+Trained parameters that are all zero, as the last layers of diffusion models are before training, are filled with small
+random numbers for these steps: they would hide any error in what lies before them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from memopt import core
-from memopt.errors import InputError, MemoptError
+from memopt.errors import InputError, MemoptError, blaming
 from memopt.memory import fake
 from memopt.memory.profiler import Work
 from memopt.memory.report import MemoryReport
@@ -41,10 +41,12 @@ from memopt.registry import Context, Pass, available_passes, exactness
 Profile = Callable[[Sequence[Pass]], MemoryReport]
 Progress = Callable[[str, int, int], None]
 """Is told what goes on: a text, how much of it is done, and of how much."""
-CHECKED_STEPS = 2
+CHECKED_STEPS = 3
 ROUNDING = 1e-3
 """Errors of exact passes stay below this. Rounding itself is much smaller; but Adam makes steps of full size of
-gradients that are nothing but rounding, which the second checked step sees."""
+gradients that are nothing but rounding, which the later checked steps see."""
+OUT_OF_MEMORY = "out of memory"
+"""Begins the problem of a row for which the machine was too small, which says nothing against its passes."""
 
 
 @dataclass
@@ -66,6 +68,8 @@ class Row:
     """The largest difference of two entries, relative to the largest entry of all gradients of that step."""
     bitwise: bool | None = None
     """Whether losses and gradients of the checked steps are those of the untouched model bit for bit."""
+    notes: tuple[str, ...] = ()
+    """What the pass says of itself, if there is one; and whether the scaler skipped steps."""
 
     @property
     def median(self) -> float | None:
@@ -100,10 +104,16 @@ class Ablation:
         plain, median = self.rows[0].median, row.median
         return None if plain is None or median is None else median / plain
 
+    @property
+    def steady(self) -> bool:
+        """Whether the model itself repeats its steps, but for rounding. If not, errors say nothing."""
+        return _small(self.rows[0])
+
     def breaks(self, row: Row) -> bool:
-        """Whether errors are larger than rounding although no pass of the row said so."""
-        errors = [error for error in (row.loss_error, row.gradient_error) if error is not None]
-        return row.exactness != "not exact" and not all(error <= ROUNDING for error in errors)
+        """Whether errors are larger than the passes of the row promise."""
+        if not self.steady or row.exactness == "not exact":
+            return False
+        return not _small(row) or (row.exactness == "exact" and row.bitwise is False and self.rows[0].bitwise is True)
 
     def front(self) -> list[Row]:
         """The Pareto front: rows than which no other is better in peak or time, and in the other no worse."""
@@ -120,8 +130,8 @@ def applicable(work: Work, *, train: bool) -> tuple[list[Pass], dict[str, str]]:
     found: list[Pass] = []
     others: dict[str, str] = {}
     for name, cls in available_passes().items():
-        if ("train" if train else "infer") not in cls.modes:
-            others[name] = f"for {' and '.join(sorted(cls.modes))} only"
+        if problem := _other_mode(cls, train):
+            others[name] = problem
             continue
         try:
             pass_ = cls()
@@ -138,21 +148,34 @@ def applicable(work: Work, *, train: bool) -> tuple[list[Pass], dict[str, str]]:
     return found, others
 
 
-def rows_of(passes: Sequence[Pass], fits: Callable[[Sequence[Pass]], bool]) -> list[Row]:
-    """The rows for these passes; ``fits`` says whether some go together."""
+def single_rows(passes: Sequence[Pass], *, train: bool) -> list[Row]:
+    """The row without passes and those of each alone.
+
+    Raises:
+        InputError: a pass is there twice, with the same options.
+    """
+    rows = [Row("none", "none", ()), *(Row(_name(p), "one", (p,)) for p in passes)]
+    for row in rows[1:]:
+        if sum(row.name == other.name for other in rows) > 1:
+            raise InputError(f"{row.name} is given twice; a pass has one row")
+        row.problem = _other_mode(type(row.passes[0]), train)
+    return rows
+
+
+def rows_together(ones: Sequence[Row], fits: Callable[[Sequence[Pass]], bool]) -> list[Row]:
+    """The rows of several passes, of those that did not fail alone; ``fits`` says whether some go together."""
     together: list[Pass] = []
     refused: list[Pass] = []
-    for pass_ in passes:
-        # One that fits nowhere has a row that says why, and does not keep the others out.
-        (together if fits([*together, pass_]) else refused).append(pass_)
-    rows = [Row("none", "none", ()), *(Row(_name(p), "one", (p,)) for p in passes)]
+    for row in ones:
+        if not row.problem or row.problem.startswith(OUT_OF_MEMORY):
+            (together if fits([*together, *row.passes]) else refused).extend(row.passes)
+    rows: list[Row] = []
     if len(together) > 2:
         rows += [Row(f"all but {_name(p)}", "all but one", tuple(q for q in together if q is not p)) for p in together]
     if len(together) > 1:
         rows.append(Row("all", "all", tuple(together)))
     beside = "all" if len(together) > 1 else "".join(map(_name, together))
-    rows += [Row(f"{beside} + {_name(p)}", "refused", (*together, p)) for p in refused if together and fits([p])]
-    return rows
+    return rows + [Row(f"{beside} + {_name(p)}", "refused", (*together, p)) for p in refused if together]
 
 
 def go_together(work: Work, passes: Sequence[Pass]) -> bool:
@@ -166,7 +189,8 @@ def go_together(work: Work, passes: Sequence[Pass]) -> bool:
 
 
 def ablate(
-    rows: Sequence[Row],
+    passes: Sequence[Pass],
+    fits: Callable[[Sequence[Pass]], bool],
     profile: Profile,
     work: Work | None,
     *,
@@ -175,38 +199,47 @@ def ablate(
     errors: bool = True,
     repeats: int = 5,
     progress: Progress = lambda text, done, of: None,
-) -> None:
-    """Measure the rows, the first of which has no passes.
+) -> list[Row]:
+    """The rows for these passes, measured; the first has none.
 
     Args:
+        fits: says whether passes go together.
         profile: profiles a step with passes.
-        work: a step on true tensors, to be left as it is but for parameters that are all zero; None: nothing but memory
-            is measured.
+        work: a step on true tensors, to be left as it is but for trained parameters that are all zero; None: nothing
+            but memory is measured.
         errors: run steps to compare loss and gradients.
         repeats: rounds of steps that are timed; 0 for none.
 
     Raises:
+        InputError: a pass is there twice.
         MemoptError: the model fails without passes.
     """
-    for row in _each(rows, "memory", progress):
-        with _noting(row):
-            row.report = profile(row.passes)
-    if work is None or not (errors or repeats):
-        return
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for parameter in work.model.parameters():
-            if not parameter.any():
-                nn.init.normal_(parameter, std=0.05)
-    if errors:
-        expected: list[_Result] | None = None
+    rows = single_rows(passes, train=train)
+    if work is not None:
+        _fill_zeros(work.model, seed)
+    expected: list[_Result] | None = None
+
+    def measure(rows: Sequence[Row]) -> None:
+        nonlocal expected
+        for row in _each(rows, "memory", progress):
+            with _noting(row):
+                row.report = profile(row.passes)
+        if work is None or not errors:
+            return
         for row in _each(rows, "errors", progress):
             with _noting(row):
-                found = _results(work, row.passes, train, seed)
+                found, row.notes = _results(work, row.passes, train, seed)
                 if row.kind == "none":  # of two runs without passes the second shows what the machine itself varies
-                    expected, found = found, _results(work, (), train, seed)
+                    expected, (found, _) = found, _results(work, (), train, seed)
                 if expected is not None:
                     row.loss_error, row.gradient_error, row.bitwise = _compare(expected, found)
+
+    measure(rows)
+    more = rows_together(rows[1:], fits)
+    measure(more)
+    rows += more
+    if work is None:
+        return rows
     for i in range(repeats):
         for row in _each(rows, f"times, round {i + 1} of {repeats}", progress):
             with _noting(row):
@@ -214,6 +247,7 @@ def ablate(
     for row in rows:
         if row.problem:  # not over the same rounds as the others
             row.seconds.clear()
+    return rows
 
 
 def _name(pass_: Pass) -> str:
@@ -222,6 +256,24 @@ def _name(pass_: Pass) -> str:
 
 def _optimizers(work: Work) -> tuple[torch.optim.Optimizer, ...]:
     return () if work.optimizer is None else (work.optimizer,)
+
+
+def _other_mode(cls: type[Pass], train: bool) -> str:
+    """What is wrong with measuring such a pass in training, or in inference; nothing is an empty text."""
+    return "" if ("train" if train else "infer") in cls.modes else f"for {' and '.join(sorted(cls.modes))} only"
+
+
+def _small(row: Row) -> bool:
+    """Whether its errors, if there are any, are those of rounding."""
+    return all(error is None or error <= ROUNDING for error in (row.loss_error, row.gradient_error))
+
+
+def _fill_zeros(model: nn.Module, seed: int) -> None:
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.any():
+                nn.init.normal_(parameter, std=0.05)
 
 
 def _each(rows: Sequence[Row], text: str, progress: Progress) -> Iterator[Row]:
@@ -238,10 +290,11 @@ def _noting(row: Row) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        row.problem = f"out of memory: {str(error).partition('.')[0]}"
+        row.problem = f"{OUT_OF_MEMORY}: {str(error).partition('.')[0]}"
     except Exception as error:
         if row.kind == "none":
-            raise
+            with blaming("a step without passes failed"):
+                raise
         told = str(error).strip().partition("\n")[0]
         row.problem = told if isinstance(error, MemoptError) else f"{type(error).__name__}: {told}"
 
@@ -305,8 +358,9 @@ class _Result:
     gradients: dict[str, Tensor]
 
 
-def _results(work: Work, passes: Sequence[Pass], train: bool, seed: int) -> list[_Result]:
-    """Loss and gradients of some steps, one after the other."""
+def _results(work: Work, passes: Sequence[Pass], train: bool, seed: int) -> tuple[list[_Result], tuple[str, ...]]:
+    """Loss and gradients of some steps, one after the other, and what there is to say about them."""
+    skipped = 0
     found: list[_Result] = []
     gradients: dict[str, Tensor] = {}
     scale = 1.0
@@ -314,7 +368,8 @@ def _results(work: Work, passes: Sequence[Pass], train: bool, seed: int) -> list
     def keep(name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            gradients[name] = (parameter.grad.detach() / scale).cpu()
+            gradient = parameter.grad.detach()
+            gradients[name] = ((gradient.to_dense() if gradient.is_sparse else gradient) / scale).cpu()
 
         return hook
 
@@ -332,11 +387,15 @@ def _results(work: Work, passes: Sequence[Pass], train: bool, seed: int) -> list
                 loss = _step(work, train, seed + i, handle)
                 if work.optimizer is None:
                     work.model.zero_grad()
+                skipped += handle.scaler is not None and handle.scaler.get_scale() < scale
                 found.append(_Result(loss.cpu(), gradients))
+            notes = list(handle.report().rows[0].notes) if len(passes) == 1 else []
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    if skipped:
+        notes.append(f"gradients overflowed in fp16, and the scaler skipped {skipped} of {CHECKED_STEPS} checked steps")
+    return found, tuple(notes)
 
 
 def _compare(expected: Sequence[_Result], found: Sequence[_Result]) -> tuple[float, float | None, bool]:
@@ -360,7 +419,11 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _largest(a: Tensor, b: Tensor) -> float:
-    return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+    if not a.numel():
+        return 0.0
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float64)
+    a, b = a.to(wide), b.to(wide)
+    return torch.where(a == b, 0.0, (a - b).abs()).max().item()  # the same infinity is no error
 
 
 def _worst(values: Sequence[float]) -> float:

@@ -8,6 +8,7 @@ tables of several runs can be joined.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING
@@ -41,9 +42,8 @@ def print_table(found: Ablation, console: Console) -> None:
 
     about = found.about
     say(about.get("subject", ""))
-    say(
-        f"true steps: {about.get('steps', 'none')}; {about['processor']}, GPU: {about['gpu']}, torch {about['torch']}\n"
-    )
+    steps = about.get("steps", "none") + (f" on {about['steps_on']}" if about.get("steps_on") else "")
+    say(f"true steps: {steps}; {about['processor']}, GPU: {about['gpu']}, torch {about['torch']}\n")
     names, rows = _cells(found)
     shown = [i for i, name in enumerate(names) if console.width >= WIDE or name not in (*SHOWN, "time, s", "promised")]
     table = Table(box=None, pad_edge=False, padding=(0, 1))
@@ -75,7 +75,7 @@ def as_csv(found: Ablation) -> str:
     out = StringIO()
     names = ["row", "kind", "passes", "promised", "peak_bytes", "peak_ratio", *(f"{c}_bytes" for c in CATEGORIES)]
     names += ["kept_for_backward_bytes", "off_device_bytes", "seconds_median", "seconds_min", "seconds_max"]
-    names += ["time_ratio", "loss_error", "gradient_error", "bitwise", "pareto", "problem", *found.about]
+    names += ["time_ratio", "loss_error", "gradient_error", "bitwise", "pareto", "problem", "left_out", *found.about]
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)
     front = {row.name for row in found.front()}
@@ -87,7 +87,7 @@ def as_csv(found: Ablation) -> str:
         cells += [report and report.kept, report and sum(report.off_device.values())]
         cells += [row.median, min(seconds, default=None), max(seconds, default=None), found.time_ratio(row)]
         cells += [row.loss_error, row.gradient_error, row.bitwise, row.name in front if seconds else None]
-        writer.writerow([*cells, row.problem, *found.about.values()])
+        writer.writerow([*cells, row.problem, _left_out(found), *found.about.values()])
     return out.getvalue()
 
 
@@ -97,7 +97,8 @@ def _cells(found: Ablation) -> tuple[list[str], list[list[str]]]:
     size, name = unit(max((report.peak for report in reports), default=0))
 
     def amount(of: Callable[[MemoryReport], int]) -> Callable[[Row], str]:
-        return lambda row: "" if row.report is None else f"{of(row.report) / size:.{1 if size < 1 << 30 else 2}f}"
+        form = ".1f" if size < 1 << 30 else ".2f"
+        return lambda row: "" if row.report is None else _number(of(row.report) / size, form)
 
     def category(names: Sequence[str]) -> Callable[[Row], str]:
         return amount(lambda report: sum(report.peak_by_category.get(n, 0) for n in names))
@@ -123,7 +124,10 @@ def _cells(found: Ablation) -> tuple[list[str], list[list[str]]]:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "" if value is None else "0" if value == 0 else format(value, form)
+    """Small ones have three digits that count."""
+    if not value:
+        return "" if value is None else "0"
+    return format(value, "#.3g" if form.endswith("f") and abs(value) < 1 else form)
 
 
 def _bitwise(row: Row) -> str:
@@ -139,11 +143,28 @@ def _notes(found: Ablation) -> list[str]:
     for row in found.rows:
         if row.problem:
             lines.append(f"{row.name}: {row.problem.removeprefix(f'{row.name}: ')}")
+    if not found.steady:
+        lines.append(
+            "The model itself differs from run to run or gives NaN, as the row none shows: errors say nothing."
+        )
+    elif found.rows[0].bitwise is False:
+        lines.append("The model itself differs from run to run: errors as small as those of the row none say nothing.")
     if broken := [row.name for row in found.rows if found.breaks(row)]:
         lines.append(f"Not as exact as promised: {', '.join(broken)}.")
+    for row in found.rows:
+        if row.notes and (found.breaks(row) or not _finite(row)):
+            lines.append(f"{row.name}: {'; '.join(row.notes)}.")
     if found.left_out:
-        lines.append("Left out: " + "; ".join(f"{name} ({why})" for name, why in found.left_out.items()) + ".")
+        lines.append(f"Left out: {_left_out(found)}.")
     return lines
+
+
+def _left_out(found: Ablation) -> str:
+    return "; ".join(f"{name} ({why})" for name, why in found.left_out.items())
+
+
+def _finite(row: Row) -> bool:
+    return all(error is None or math.isfinite(error) for error in (row.loss_error, row.gradient_error))
 
 
 def _escaped(cell: str) -> str:

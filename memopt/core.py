@@ -14,13 +14,15 @@ the result never depends on history, and every plan sees the model as its author
 
 Behaviour is changed by a *dynamic subclass*: ``module.__class__`` is set to a subclass made on the spot, as FSDP2 and
 ``torch.nn.utils.parametrize`` do. ``isinstance``, keys, hooks and ``deepcopy`` keep working, the root module needs no
-special case, and undoing is setting the class back. A ``forward`` patched onto the instance has none of these.
+special case, and undoing is setting the class back. A ``forward`` patched onto the instance has none of these. Only
+pickle, which looks classes up by name, is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,8 +98,14 @@ class Edit:
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
             return around(self, functools.partial(inner, self), *args, **kwargs)
 
-        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        names: dict[str, Any] = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        }
         make: Any = type(base)
+        if not hasattr(base, _MARK):
+            names["__reduce_ex__"] = _reduce(base)
         subclass = make(base.__name__, (base,), {**names, method: wrapped, _MARK: base})
         object.__setattr__(target, "__class__", subclass)  # not by a __setattr__ of the model's own
         self._session.classes.append((target, subclass))
@@ -135,6 +143,20 @@ class Edit:
     def note(self, text: str) -> None:
         """Say something about what was found or done; shown by ``handle.report()``."""
         self._entry.notes.append(text)
+
+
+def _reduce(base: Any) -> Callable[..., Any]:
+    """``__reduce_ex__`` for a subclass made on the spot: it can be copied, but pickle would not find it by its name."""
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        if sys._getframe(1).f_globals.get("__name__") != "copy":
+            raise InputError(
+                f"this {base.__name__} has passes of memopt and cannot be pickled, which torch.save of it does. Save "
+                "its state_dict(), or undo the passes first."
+            )
+        return base.__reduce_ex__(self, protocol)
+
+    return reduce
 
 
 class _Session:
@@ -397,6 +419,7 @@ def apply(
     for one in given:
         if not isinstance(one, torch.optim.Optimizer):
             raise InputError(f"optimizer must be a torch.optim.Optimizer, not a {type(one).__name__}")
+    given = tuple({id(one): one for one in given}.values())
     session = _Session.find(model)
     entries = [_Entry(pass_, missing, given) for like in passes for pass_ in resolve(like)]
     if entries:

@@ -19,7 +19,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from torch.optim import Optimizer
 
 from memopt.core import Edit
 from memopt.errors import InputError, PassConflict
+from memopt.saved import note_step
+from memopt.tensors import differs, laid
 
 Piece = list[tuple[dict[str, Any], list[Tensor]]]
 """Some parameters, by the group they are in."""
@@ -39,13 +41,36 @@ _COUPLED = ("lbfgs",)
 
 def check(optimizer: Optimizer, name: str) -> None:
     """Raise an InputError for an optimizer that may not step each parameter by itself."""
-    raw = _raw_step(type(optimizer))
-    package, _, module = raw.__module__.rpartition(".")
-    if package != "torch.optim" or module in _COUPLED:
+    module = _raw_step(type(optimizer)).__module__
+    if module.rpartition(".")[0] != "torch.optim" or kind_of(optimizer) in _COUPLED:
         raise InputError(
-            f"{name}: a step of {type(optimizer).__name__} ({raw.__module__}) may look at several parameters, so "
+            f"{name}: a step of {type(optimizer).__name__} ({module}) may look at several parameters, so "
             f"it cannot be taken apart. Use an optimizer of torch.optim other than LBFGS, or leave {name} out."
         )
+
+
+def kind_of(optimizer: Optimizer) -> str:
+    """The module of torch.optim that the optimizer's step is from."""
+    return _raw_step(type(optimizer)).__module__.rpartition(".")[2]
+
+
+def align(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Lay the states and gradients of images' weights out as these are: fused kernels look at flat memory."""
+    for parameter in parameters:
+        if parameter.dim() not in (4, 5):
+            continue
+        for key, state in optimizer.state.get(parameter, {}).items():
+            if isinstance(state, Tensor) and differs(state, parameter):
+                if not state.is_floating_point() and not state.is_complex():
+                    raise InputError(
+                        f"channels_last: {key} of {type(optimizer).__name__} is quantized in blocks of memory, which "
+                        "another layout of its weight would mix up. Take channels_last on or off before the "
+                        "optimizer's first step."
+                    )
+                state.data = laid(state, parameter.stride())
+        if parameter.grad is not None and differs(parameter.grad, parameter):
+            grad, parameter.grad = parameter.grad, None
+            parameter.grad = laid(grad, parameter.stride())
 
 
 class Shelf(ABC):
@@ -73,14 +98,20 @@ def steps_of(edit: Edit, optimizer: Optimizer) -> Steps:
     """The optimizer's steps, taken apart from now on until the edit is undone."""
     steps: Steps | None = vars(optimizer).get(_STEPS)
     if steps is not None:
-        if steps.owner() is not edit.model:
+        owner = steps.owner()
+        if owner is None:
+            raise PassConflict(
+                f"this {type(optimizer).__name__} has passes through a model that is no longer there. Make a new "
+                "optimizer and load this one's state_dict() into it."
+            )
+        if owner is not edit.model:
             raise PassConflict(
                 f"this {type(optimizer).__name__} has passes through another model. Apply all that concern an "
                 "optimizer to one of its models."
             )
         return steps
     steps = Steps(_raw_step(type(optimizer)), edit.model)
-    scheduled = "step" in vars(optimizer) and hasattr(vars(optimizer)["step"], "_wrapped_by_lr_sched")
+    scheduled = _is_scheduled(optimizer)
     if scheduled:
         edit.hook(_Aside, optimizer, "step")
     edit.wrap(optimizer, "step", _around_step)
@@ -121,24 +152,32 @@ class Steps:
                 self._step(optimizer, piece)
         return loss
 
-    def arrived(self, optimizer: Optimizer, group: int, parameter: Tensor, name: str) -> None:
+    def arrived(self, optimizer: Optimizer, place: tuple[int, int], parameter: Tensor, name: str) -> None:
         """Step a parameter whose gradient autograd has just finished, and drop the gradient.
+
+        Args:
+            place: the number of its group, and its own there, unless groups were changed meanwhile. One that has been
+                taken out of the optimizer keeps its gradient.
 
         Raises:
             InputError: it is the second gradient since the last ``step()``.
         """
         with self.lock:
+            group = _group_of(optimizer, place, parameter)
+            if group is None:
+                return
             before = self._early.get(id(parameter))
             if before is not None and not before.failed:
                 raise InputError(
                     f"optimizer_in_backward: {name} was stepped already when another gradient came before "
                     "optimizer.step(). The pass cannot add up gradients over several backwards (gradient accumulation, "
-                    "several losses, reentrant checkpoints of shared parameters): call optimizer.step() after each "
-                    "backward, or leave the pass out."
+                    "several losses, reentrant checkpoints of shared parameters), and a step() that is skipped or "
+                    "fails takes no step back: call optimizer.step() after each backward, or leave the pass out."
                 )
             self._early[id(parameter)] = self._backward()
-            self._step(optimizer, [(optimizer.param_groups[group], [parameter])])  # loading a state makes new groups
+            self._step(optimizer, [(group, [parameter])])
             parameter.grad = None
+            note_step(parameter)
 
     def _backward(self) -> _Backward:
         """The backward that runs."""
@@ -168,6 +207,7 @@ class Steps:
         with _only(optimizer, piece):
             self.take(optimizer, parameters)
             try:
+                align(optimizer, parameters)  # no hook sees the states of a shelf, nor a step in backward
                 self.raw(optimizer)
             finally:
                 increment_version(parameters)  # fused kernels do not tell autograd
@@ -293,6 +333,19 @@ def _around_getstate(optimizer: Optimizer, inner: Callable[[], Any], /) -> Any:
         return inner()
 
 
+def _is_scheduled(optimizer: Optimizer) -> bool:
+    """Whether the optimizer has a step of its own, and it is the class's with nothing around but a scheduler's."""
+    step = vars(optimizer).get("step")
+    if not hasattr(step, "_wrapped_by_lr_sched"):
+        return False
+    while step is not type(optimizer).step:
+        # It may be around that of a pass, which was undone. What others wrap has the same marks, and other globals.
+        if getattr(step, "__globals__", {}).get("__name__") not in ("torch.optim.lr_scheduler", "memopt.core"):
+            return False  # Edit.wrap will say so
+        step = step.__wrapped__  # type: ignore[union-attr]
+    return True
+
+
 def _scheduled(optimizer: weakref.ref[Optimizer]) -> Callable[..., Any]:
     """A step that tells learning-rate schedulers of itself, as they make it."""
 
@@ -310,6 +363,15 @@ def _raw_step(kind: type[Optimizer]) -> Callable[..., Any]:
     step: Any = kind.step
     raw: Callable[..., Any] = step.__wrapped__ if getattr(step, "hooked", False) else step
     return raw
+
+
+def _group_of(optimizer: Optimizer, place: tuple[int, int], parameter: Tensor) -> dict[str, Any] | None:
+    """The group that a parameter is in; loading a state makes new ones."""
+    number, i = place
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    if number < len(groups) and i < len(groups[number]["params"]) and groups[number]["params"][i] is parameter:
+        return groups[number]
+    return next((group for group in groups if any(p is parameter for p in group["params"])), None)
 
 
 def _parameters(pieces: Sequence[Piece]) -> Iterator[Tensor]:

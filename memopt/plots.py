@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from io import BytesIO
 from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memopt import files
 from memopt.errors import MemoptError
 from memopt.recipe import Grid
 
@@ -98,8 +100,9 @@ def pareto(found: Ablation, file: Path) -> None:
         axes.set_xscale("log")
         _plain_ticks(axes.xaxis)
     axes.margins(0.06)
+    where = f" on {found.about['steps_on']}" if found.about.get("steps_on") else ""
     axes.set(ylim=(0, 1.06 * max(peak for peak, _, _ in rows) / size))
-    axes.set(xlabel="time of a step (s)", ylabel=f"peak memory ({name})")
+    axes.set(xlabel=f"time of a step (s){where}", ylabel=f"peak memory ({name})")
     axes.grid(alpha=0.3)
     height = axes.get_position().height * inches
     if plain := found.rows[0].median:
@@ -139,6 +142,6 @@ def _plain_ticks(axis: Any) -> None:
 
 
 def _save(figure: object, file: Path) -> None:
-    partial = file.with_name(f".partial-{file.name}")
-    figure.savefig(partial, dpi=120, format="png")  # type: ignore[attr-defined]
-    partial.replace(file)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")  # type: ignore[attr-defined]
+    files.write(file, drawn.getvalue())

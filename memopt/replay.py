@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memopt.saved import check_version
+from memopt.saved import check_weight
 from memopt.tensors import version_of
 
 SMALL_BUFFER = 1 << 20
@@ -59,7 +59,7 @@ class Replay:
             RuntimeError: autograd's own, where a parameter was written to since.
         """
         for weight, version, _ in self.weights:
-            check_version(weight, version)
+            check_weight(weight, version)
         other = [(weight, needs) for weight, _, needs in self.weights if weight.requires_grad != needs]
         modes = [(m, m.training) for m, _ in self.modes]
         held = [(held, {name: held[name] for name in old}) for held, old in [*self.held, *self.copies]]

@@ -30,6 +30,20 @@ def is_held_for_now(tensor: Tensor) -> bool:
     return tensor in _FOR_NOW
 
 
+_STEPPED = WeakIdKeyDictionary()
+
+
+def note_step(parameter: Tensor) -> None:
+    """Tell that a parameter was stepped in the backward that runs: whatever depends on it has been asked for before."""
+    _STEPPED[parameter] = torch._C._current_graph_task_id()
+
+
+def check_weight(parameter: Tensor, version: int) -> None:
+    """Raise autograd's own error if a parameter was written to, other than by a step in this very backward."""
+    if version_of(parameter) != version and _STEPPED.get(parameter) != torch._C._current_graph_task_id():
+        check_version(parameter, version)
+
+
 class Stays:
     """A tensor that is kept. As autograd does where there are no hooks, it minds changes in place."""
 

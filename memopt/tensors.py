@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.utils._python_dispatch
@@ -43,6 +44,18 @@ def span(tensor: Tensor) -> tuple[int, int]:
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written to; -1 where nobody counts."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def differs(tensor: Tensor, like: Tensor) -> bool:
+    """Whether a tensor of the same shape lies otherwise in memory."""
+    return tensor.shape == like.shape and is_memory(tensor) and tensor.stride() != like.stride()
+
+
+def laid(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+    """A copy that lies in memory as strides say."""
+    # torch's own conversions leave weights of 1x1 as they are, whose strides then say nothing to kernels.
+    made = torch.empty_strided(tensor.shape, tuple(strides), dtype=tensor.dtype, device=tensor.device)
+    return made.copy_(tensor.detach())
 
 
 def holders_of(tensor: Tensor) -> int:

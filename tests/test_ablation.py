@@ -11,10 +11,22 @@ from torch import nn
 
 import memopt
 from memopt import Claim, MemoptError, Pass
-from memopt.ablation import Ablation, Row, _compare, _Result, ablate, applicable, go_together, provenance, rows_of
-from memopt.estimate import recipe_work
+from memopt.ablation import (
+    Ablation,
+    Row,
+    _compare,
+    _Result,
+    ablate,
+    applicable,
+    go_together,
+    provenance,
+    rows_together,
+    single_rows,
+)
+from memopt.ablation_table import _number, markdown
+from memopt.estimate import profile_recipe, recipe_work
 from memopt.memory.profiler import Work
-from memopt.passes import AMP, Checkpoint, OffloadActivations, SetToNone
+from memopt.passes import AMP, Checkpoint, OffloadActivations, Optimizer8bit, SetToNone
 from memopt.plots import pareto
 from memopt.recipe import configure, load_recipe
 from tests.nets import Net
@@ -35,12 +47,18 @@ class Unregistered(Pass):
         return [Claim("", "forward")]
 
 
+Unregistered.name = "unregistered"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Doubles(Unregistered):
     """Gradients of one parameter come out twice as large."""
 
+    factor: float = 2.0
+
     def apply(self, claims, edit):
-        edit.hook(edit.model.blocks[0].up.weight.register_hook, lambda gradient: 2 * gradient)
+        edit.note("gradients grow")
+        edit.hook(edit.model.blocks[0].up.weight.register_hook, lambda gradient: self.factor * gradient)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +78,19 @@ class Idles(Unregistered):
 
     def apply(self, claims, edit):
         edit.wrap(edit.optimizers[0], "step", lambda optimizer, inner, *args, **kwargs: None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgets(Unregistered):
+    """The optimizer does not keep its average of gradients."""
+
+    def apply(self, claims, edit):
+        def step(optimizer, inner, *args, **kwargs):
+            inner(*args, **kwargs)
+            for state in optimizer.state.values():
+                state["exp_avg"].zero_()
+
+        edit.wrap(edit.optimizers[0], "step", step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,17 +127,17 @@ def work():
     return Work(model, torch.randn(4, 12, 16), loss, torch.optim.AdamW(model.parameters(), lr=1e-3))
 
 
-def profiling(work):
+def profiling(work, train=True):
     def profile(passes):
-        how = {"loss": lambda y: y.square().mean(), "optimizer": work.optimizer, "device": "cuda"}
+        how = {"loss": lambda y: y.square().mean(), "optimizer": work.optimizer, "device": "cuda", "train": train}
         return memopt.profile(work.model, work.batch, passes=passes, **how)
 
     return profile
 
 
 def measured(work, *passes, **how):
-    rows = rows_of(list(passes), lambda chosen: go_together(work, chosen))
-    ablate(rows, profiling(work), work, train=how.pop("train", True), repeats=how.pop("repeats", 0), **how)
+    how = {"train": True, "repeats": 0, **how}
+    rows = ablate(list(passes), lambda chosen: go_together(work, chosen), profiling(work, how["train"]), work, **how)
     return Ablation(tuple(rows), provenance(), {})
 
 
@@ -121,7 +152,10 @@ def names(passes, refuse=()):
     def fits(chosen):
         return not any(set(pair) <= {str(p) for p in chosen} for pair in refuse)
 
-    return [row.name for row in rows_of(passes, fits)]
+    ones = single_rows(passes, train=True)
+    for row in ones[1:]:
+        row.problem = "" if fits(row.passes) else "refused"
+    return [row.name for row in (*ones, *rows_together(ones[1:], fits))]
 
 
 def test_rows_are_none_each_all_but_each_and_all():
@@ -186,6 +220,47 @@ def test_wrong_gradients_are_seen(work):
     assert [found.breaks(row) for row in found.rows[:4]] == [False, True, True, True]
 
 
+def test_what_becomes_of_an_optimizers_states_is_seen():
+    """States of the first step show in the weights of the second, and these in the third."""
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8))
+    work = Work(model, torch.randn(4, 64), loss, torch.optim.AdamW(model.parameters()))
+    found = measured(work, Forgets())
+    assert found.rows[1].gradient_error > 1e-3
+    assert [found.breaks(row) for row in found.rows] == [False, True]
+    pytest.importorskip("bitsandbytes")
+    assert [row.bitwise for row in measured(work, Optimizer8bit()).rows] == [True, False]
+
+
+def test_an_exact_pass_must_be_bitwise(work):
+    found = measured(work, Doubles(factor=1 + 1e-6), SetToNone())
+    row = found.rows[1]
+    assert 0 < row.gradient_error < 1e-4
+    assert [found.breaks(row) for row in found.rows] == [False, True, False, True]
+    row.passes = (memopt.passes.OuterProduct(),)
+    assert row.exactness == "exact to rounding"
+    assert not found.breaks(row)
+    text = markdown(found)
+    assert "Not as exact as promised: all." in text
+
+
+@pytest.mark.parametrize(("size", "told"), [(0.1, "errors say nothing"), (1e-6, "errors as small as those of the row")])
+def test_a_model_that_varies_by_itself_accuses_no_pass(work, size, told):
+    calls = itertools.count()
+    work.forward = lambda model, sample: loss(model, sample) * (1 + size * next(calls))
+    found = measured(work, SetToNone())
+    assert not found.rows[0].bitwise
+    assert not found.rows[1].bitwise
+    assert not any(map(found.breaks, found.rows))
+    assert told in markdown(found)
+    if size < 1e-3:  # large errors still do
+        assert found.breaks(measured(work, Doubles()).rows[1])
+
+
+def test_passes_that_break_promises_are_shown_with_what_they_say(work):
+    text = markdown(measured(work, Doubles(), SetToNone()))
+    assert "Not as exact as promised: doubles, all.\n\ndoubles: gradients grow.\n" in text
+
+
 def test_a_layer_of_zeros_hides_no_error(work):
     """A layer has no gradient while the one that reads it is zero."""
     nn.init.zeros_(work.model.blocks[0].down.weight)
@@ -201,6 +276,31 @@ def test_gradients_of_fp16_are_compared_without_their_scale(work):
     assert row.loss_error < 0.01
 
 
+def test_gradients_that_overflow_are_told(work):
+    work.forward = lambda model, sample: 1e6 * loss(model, sample)
+    found = measured(work, AMP(dtype="fp16"))
+    assert not math.isfinite(found.rows[1].gradient_error)
+    assert "and the scaler skipped 3 of 3 checked steps." in markdown(found)
+
+
+def test_frozen_parameters_stay_and_sparse_gradients_are_compared():
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(10, 4, sparse=True)
+            self.counts = nn.Parameter(torch.zeros(3, dtype=torch.long), requires_grad=False)
+            self.mask = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+        def forward(self, numbers):
+            return self.embed(numbers)
+
+    model = Sparse()
+    work = Work(model, torch.tensor([1, 1, 2]), loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    rows = measured(work, SetToNone()).rows
+    assert [(row.bitwise, row.gradient_error, row.problem) for row in rows] == [(True, 0, "")] * 2
+    assert not model.mask.any()
+
+
 def test_the_measure_of_errors():
     def result(loss, **gradients):
         return _Result(torch.tensor(loss), {name: torch.tensor(value) for name, value in gradients.items()})
@@ -211,6 +311,10 @@ def test_the_measure_of_errors():
     assert _compare(plain, [result(2.0, a=[1.0, -4.0])]) == (0, math.inf, False)
     assert math.isnan(_compare(plain, [result(2.0, a=[math.nan, -4.0], b=[0.5])])[1])
     assert _compare([result(0.0)], [result(0.25)]) == (0.25, None, False)
+    turned = _compare([result(1.0, a=[3 + 4j])], [result(1.0, a=[3 - 4j])])
+    assert turned[1] == pytest.approx(8 / 5)
+    endless = [result(1.0, a=[math.inf, 1.0])]
+    assert _compare(endless, endless) == (0, 0, True)
 
 
 # --- time and memory -------------------------------------------------------------------------------------------------
@@ -222,7 +326,8 @@ def test_every_row_is_timed_in_every_round(work):
     assert [len(row.seconds) for row in found.rows] == [3, 3, 3, 3]
     assert found.time_ratio(found.rows[0]) == 1
     assert all(found.time_ratio(row) == row.median / found.rows[0].median for row in found.rows)
-    assert ("memory: none", 0, 4) in told
+    assert ("memory: none", 0, 3) in told
+    assert ("errors: all", 0, 1) in told
     assert ("times, round 3 of 3: all", 3, 4) in told
     assert told[-1] == ("times, round 3 of 3", 4, 4)
 
@@ -251,9 +356,7 @@ def test_the_model_is_as_it_was(work):
 
 def test_inference_has_errors_of_what_it_gives_and_no_gradients():
     work = Work(Net(), torch.randn(4, 12, 16), loss)
-    rows = [Row("none", "none", ()), Row("amp", "one", (AMP(),))]
-    profile = lambda passes: memopt.profile(work.model, work.batch, train=False, passes=passes)  # noqa: E731
-    ablate(rows, profile, work, train=False, repeats=1)
+    rows = measured(work, AMP(), train=False, repeats=1).rows
     assert rows[0].bitwise
     assert 0 < rows[1].loss_error < 0.05
     assert all(row.gradient_error is None or row.gradient_error == 0 for row in rows)
@@ -264,10 +367,11 @@ def test_a_recipe_with_dropout_microbatches_and_clipping():
     tiny = load_recipe(TINY)
     config = configure(tiny, None, {"microbatch": 4, "grad_clip": 0.5, "width": 32})
     work = recipe_work(tiny, config, train=True, device="cpu", real=True)
-    rows = rows_of([Checkpoint(), Takes()], lambda chosen: go_together(work, chosen))
-    from memopt.estimate import profile_recipe
 
-    ablate(rows, lambda passes: profile_recipe(tiny, config, passes=passes), work, train=True, repeats=1)
+    def profile(passes):
+        return profile_recipe(tiny, config, passes=passes)
+
+    rows = ablate([Checkpoint(), Takes()], lambda chosen: True, profile, work, train=True, repeats=1)
     rows = {row.name: row for row in rows}
     assert rows["checkpoint"].bitwise
     assert rows["takes"].problem.startswith("no gradients are left after backward, but this loop clips them")
@@ -280,12 +384,17 @@ def test_a_recipe_with_dropout_microbatches_and_clipping():
 
 
 def test_a_row_that_fails_leaves_the_others(work):
-    rows = by_name(measured(work, SetToNone(), Fails(), repeats=1))
+    found = measured(work, SetToNone(), Fails(), Checkpoint(), repeats=1)
+    rows = by_name(found)
     assert "ValueError: no room" in rows["fails"].problem
     assert "\n" not in rows["fails"].problem
     assert rows["fails"].seconds == []
     assert rows["set_to_none"].bitwise
     assert len(rows["set_to_none"].seconds) == 1
+    # It does not take the row of all with it.
+    assert [row.name for row in found.rows] == ["none", "set_to_none", "fails", "checkpoint", "all"]
+    assert rows["all"].bitwise
+    assert rows["all"].passes == (SetToNone(), Checkpoint())
 
 
 def test_conflicts_and_passes_without_work_are_rows_with_the_reason(work):
@@ -309,6 +418,39 @@ def test_a_model_that_fails_by_itself_is_an_error():
         measured(work, Checkpoint())
 
 
+def test_a_model_that_fails_on_true_tensors_only_is_an_error_in_one_line(work):
+    def forward(model, sample):
+        if type(sample) is torch.Tensor:
+            raise ValueError("not me")
+        return loss(model, sample)
+
+    work.forward = forward
+    with pytest.raises(
+        MemoptError, match=r"a step without passes failed: ValueError: not me \(.*test_ablation.py:\d+\)"
+    ):
+        measured(work, Checkpoint())
+
+
+def test_a_machine_too_small_for_a_pass_alone_leaves_it_in_the_row_of_all():
+    ones = single_rows([Checkpoint(), SetToNone()], train=True)[1:]
+    ones[1].problem = "out of memory: CUDA out of memory"
+    assert [row.name for row in rows_together(ones, lambda chosen: True)] == ["all"]
+
+
+def test_passes_of_the_other_mode_say_so_and_none_comes_twice():
+    rows = single_rows([Checkpoint(), AMP(), memopt.passes.InferenceMode()], train=False)
+    assert [row.problem for row in rows] == ["", "for train only", "", ""]
+    assert rows_together(rows[1:3], lambda chosen: True) == []
+    with pytest.raises(MemoptError, match="checkpoint is given twice; a pass has one row"):
+        single_rows([Checkpoint(), SetToNone(), Checkpoint()], train=True)
+
+
+def test_small_figures_have_three_digits():
+    values = [None, 0, 0.0, 12.34, 0.5, 0.0123456]
+    assert [_number(value, ".1f") for value in values] == ["", "0", "0", "12.3", "0.500", "0.0123"]
+    assert _number(1.5e-7, ".1e") == "1.5e-07"
+
+
 # --- the front and its picture ---------------------------------------------------------------------------------------
 
 
@@ -318,7 +460,7 @@ def ablation(*points):
         row = Row("none" if i == 0 else f"row {i}", "none" if i == 0 else "one", ())
         row.report, row.seconds = SimpleNamespace(peak=peak), [seconds]
         rows.append(row)
-    return Ablation(tuple(rows), {"subject": "Net, training step on cuda; inputs: $x$"}, {})
+    return Ablation(tuple(rows), {"subject": "Net, training step on cuda; inputs: $x$", "steps_on": "cpu, batch 2"}, {})
 
 
 def test_the_front_is_what_nothing_beats():
@@ -352,6 +494,20 @@ def test_the_picture_names_every_row_and_no_two_names_overlap(tmp_path, monkeypa
     assert all(box.x0 >= 0 and box.y0 >= 0 and box.y1 <= height and box.x1 <= width for box in [*boxes, legend])
     entries = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert entries == ["Pareto front (names in bold)", *names.values(), "hollow: not exact"]
+    assert drawn[0].axes[0].get_xlabel() == "time of a step (s) on cpu, batch 2"
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_nothing(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def fail(figure, out, **how):
+        (out if hasattr(out, "write") else out.open("wb")).write(b"half")
+        raise OSError("no space")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="no space"):
+        pareto(ablation((100, 1.0), (50, 1.5)), tmp_path / "p.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_picture_without_points(tmp_path):

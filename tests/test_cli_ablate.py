@@ -4,15 +4,42 @@ import csv
 import re
 
 import pytest
+import torch
 
 import memopt
+from memopt.cli.subject import _weighted
 from memopt.memory import MemoryReport
 from tests.test_cli import HAE, fails
 from tests.test_cli_profile import NET, SMALL, report, run
 from tests.training_jobs import TINY
 
-INPUT = ["--input", "sample=Bx12x16", "--batch-size", "4"]
+INPUT = ["--input", "Bx12x16", "--batch-size", "4"]
 CPU = ["--device", "cpu"]
+SMALLER = [*SMALL, "num_res_blocks=1"]
+
+
+MODELS = """
+from torch import nn
+from tests.nets import Block
+
+def normalized():
+    return nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 16), nn.LayerNorm(16, elementwise_affine=False))
+
+def blocks():
+    return nn.Sequential(Block(16), Block(16))
+
+def softmax():
+    return nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 16), nn.Softmax(-1))
+"""
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """The name of a module with some models, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "models_to_ablate.py").write_text(MODELS)
+    return "models_to_ablate"
 
 
 def table(file):
@@ -23,7 +50,7 @@ def table(file):
 def test_a_recipe_into_a_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     passes = "outer_product,checkpoint,amp:dtype=bf16"
-    command = ["ablate", HAE, *SMALL, "--batch-size", "4", "--passes", passes, "--repeats", "2", "--out", "found"]
+    command = ["ablate", HAE, *SMALLER, "--batch-size", "4", "--passes", passes, "--repeats", "2", "--out", "found"]
     text = run(capsys, *command)
     names = ["none", "outer_product", "checkpoint", "amp", "all"]
     names += [f"all but {name}" for name in names[1:4]]
@@ -33,7 +60,7 @@ def test_a_recipe_into_a_folder(tmp_path, capsys, monkeypatch):
 
     # Memory is that of a profile for CUDA with these passes and nothing else.
     for name, given in {"none": "", "checkpoint": "checkpoint", "all": passes}.items():
-        options = ["--device", "cuda", *SMALL, "--batch-size", "4", "--passes", given]
+        options = ["--device", "cuda", *SMALLER, "--batch-size", "4", "--passes", given]
         found = report(capsys, tmp_path, HAE, *options)
         assert int(rows[name]["peak_bytes"]) == found.peak
         for category, size in found.peak_by_category.items():
@@ -52,7 +79,7 @@ def test_a_recipe_into_a_folder(tmp_path, capsys, monkeypatch):
         assert "seed=0" in row["config"]
         assert re.match(r"\d{4}-\d\d-\d\dT", row["date"])
         assert "threads" in row["processor"]
-        assert row["steps"] == "times, 2 rounds and errors on cpu, batch 4"
+        assert (row["steps"], row["steps_on"]) == ("times, 2 rounds and errors", "cpu, batch 4")
     page = (tmp_path / "found" / "ablation.md").read_text()
     assert f"$ {rows['all']['command']}\n" in page
     lines = [line for line in page.splitlines() if line.startswith("|")]
@@ -64,16 +91,17 @@ def test_a_recipe_into_a_folder(tmp_path, capsys, monkeypatch):
     assert "Not as exact as promised" not in text
 
 
-def test_a_model_of_a_function_with_what_applies_to_it(tmp_path, capsys):
+def test_a_model_of_a_function_with_what_applies_to_it(models, tmp_path, capsys):
     file = tmp_path / "t.csv"
-    text = run(capsys, "ablate", NET, *INPUT, "--no-time", "--out", file, "--out", tmp_path / "t.md")
+    text = run(capsys, "ablate", f"{models}:blocks", *INPUT, "--no-time", "--out", file, "--out", tmp_path / "t.md")
     rows = table(file)
     assert {"checkpoint", "offload_activations", "set_to_none"} <= rows.keys()
     assert all(row["seconds_median"] == row["pareto"] == "" for row in rows.values())
     assert rows["checkpoint"]["bitwise"] == "True"
     assert "amp (not exact; name it to have it)" in text
+    assert all("amp (not exact; name it to have it)" in row["left_out"] for row in rows.values())
     assert "time" not in (tmp_path / "t.md").read_text().split("| passes |")[1].partition("\n")[0]
-    assert "input=['sample=Bx12x16'], optimizer=AdamW, seed=0" in rows["none"]["config"]
+    assert "input=['Bx12x16'], optimizer=AdamW, seed=0" in rows["none"]["config"]
 
 
 def test_memory_alone(tmp_path, capsys):
@@ -83,6 +111,29 @@ def test_memory_alone(tmp_path, capsys):
     assert list(rows) == ["none", "checkpoint"]
     assert rows["checkpoint"]["bitwise"] == rows["checkpoint"]["loss_error"] == ""
     assert sorted(p.name for p in out.iterdir()) == ["ablation.csv", "ablation.md"]
+    assert rows["none"]["steps"] == "none"
+    (out / "ablation.png").write_bytes(b"old")
+    text = run(capsys, "ablate", TINY, "--passes", "checkpoint", "--no-time", "--no-errors", "--out", out)
+    assert f"{out / 'ablation.png'} is of an earlier run: there are no times to draw" in text
+    assert "true steps: none;" in text
+
+
+@pytest.mark.parametrize("name", ["normalized", "softmax"])
+def test_models_whose_mean_is_constant_have_gradients_that_say_something(models, tmp_path, capsys, name):
+    """The gradients of their mean are rounding, which bfloat16 changes by as much as they are."""
+    options = ["--input", "Bx8", "--batch-size", "4", "--passes", "amp", "--no-time", "--out", "t.csv"]
+    run(capsys, "ablate", f"{models}:{name}", *options)
+    rows = table(tmp_path / "t.csv")
+    assert 1e-4 < float(rows["amp"]["gradient_error"]) < 0.1
+    assert "loss=the output's own, else the mean of the output times random weights" in rows["none"]["config"]
+
+
+def test_an_outputs_own_loss_is_the_loss_and_equal_outputs_do_not_cancel():
+    given = torch.tensor(3.0)
+    assert _weighted({"loss": given, "logits": torch.randn(4)}) is given
+    ones = torch.ones(100)
+    assert _weighted((ones, -ones)).abs() > 0.01
+    assert torch.equal(_weighted(ones), _weighted(ones))
 
 
 def test_conflicts_and_nothing_to_do_are_rows_with_reasons(tmp_path, capsys):
@@ -111,8 +162,8 @@ def test_steps_of_another_batch_and_inference(tmp_path, capsys):
     run(capsys, "ablate", NET, *INPUT, *options)
     rows = table(file)
     assert "inference on cuda" in rows["none"]["subject"]
-    assert "sample=4x12x16" in rows["none"]["subject"]
-    assert rows["none"]["steps"] == "times, 1 rounds and errors on cpu, batch 2"
+    assert "4x12x16" in rows["none"]["subject"]
+    assert rows["none"]["steps_on"] == "cpu, batch 2"
     assert float(rows["amp"]["loss_error"]) > 0
 
 
@@ -146,10 +197,27 @@ def test_a_narrow_terminal_has_no_categories(capsys, monkeypatch):
         (["--out", "table.txt"], "--out table.txt: a file ends in .md, .csv, .png; a folder has no ending"),
         (["--out", "p.png", "--no-time"], "--out p.png: the picture shows memory against time; leave out --no-time"),
         (["--out", "t.md", "--out", "t.md"], "--out names t.md twice"),
+        (["--real", "--device", "cuda"], "there is no CUDA device here for a real profile; leave out real (--real)"),
+        (["--passes", "checkpoint,amp,checkpoint"], "checkpoint is given twice; a pass has one row"),
+        (["--preset", "huge", "--out", "new"], "huge"),
+        (["--out", "/dev/null/new"], "--out /dev/null/new: cannot make the folder: Not a directory"),
         (["--out", "missing/t.md"], "cannot write missing/t.md: No such file or directory"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_work(tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert message in fails(capsys, "ablate", TINY, *options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_of_another_batch_need_an_input_that_has_it(capsys):
+    message = fails(capsys, "ablate", NET, "--input", "sample=4x12x16", "--steps-batch", "2")
+    assert "no --input depends on the batch size" in message
+
+
+def test_a_new_folder_may_hold_another_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = ["--out", "new", "--out", "new/t.md", "--no-time", "--no-errors"]
+    run(capsys, "ablate", NET, *INPUT, "--passes", "set_to_none", *out)
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["ablation.csv", "ablation.md", "t.md"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -76,7 +78,8 @@ def run(options: argparse.Namespace) -> None:
     given = [p for table in parse_passes(pass_names(options.passes or "")) for p in resolve(table)]
     if options.passes is not None and not given:
         raise InputError("--passes names no pass; leave it out to ablate every exact pass that applies")
-    here = options.device if options.device == "cpu" else default_device()
+    # True steps run where they can; memory on true steps only where it was asked for.
+    here = (options.device if options.real or options.device == "cpu" else None) or default_device()
     options.passes = ""  # the rows have them, and nothing else
     options.device = here if options.real else options.device or "cuda"
     with _progress() as progress:
@@ -84,12 +87,14 @@ def run(options: argparse.Namespace) -> None:
         about = subject.of(options)
         fakes = about.work(device=options.device, real=False)
         passes, left_out = (given, {}) if given else ablation.applicable(fakes, train=about.train)
-        rows = ablation.rows_of(passes, lambda chosen: ablation.go_together(fakes, chosen))
         errors = not options.no_errors
         work = about.work(steps_batch, device=here, real=True) if repeats or errors else None
         settings = about.settings()
-        ablation.ablate(
-            rows,
+        batch = steps_batch or settings["batch_size"]
+        on = here if batch is None else f"{here}, batch {batch}"
+        rows = ablation.ablate(
+            passes,
+            lambda chosen: ablation.go_together(fakes, chosen),
             lambda chosen: about.profile(passes=chosen),
             work,
             train=about.train,
@@ -103,7 +108,8 @@ def run(options: argparse.Namespace) -> None:
         ablation.provenance(
             command=shlex.join(["memopt", *options.arguments]),
             subject=_subject(rows[0], options.target),
-            steps=_steps(here, steps_batch or settings["batch_size"], repeats, errors),
+            steps=" and ".join([f"times, {repeats} rounds"] * (repeats > 0) + ["errors"] * errors) or "none",
+            steps_on=on if repeats or errors else "",
             config=", ".join(f"{name}={value}" for name, value in settings.items() if name != "passes"),
         ),
         left_out,
@@ -112,6 +118,9 @@ def run(options: argparse.Namespace) -> None:
     for file in outputs:
         _write(found, file)
         print(f"wrote {file}")
+        old = file.with_name("ablation.png")
+        if not repeats and file.name == "ablation.csv" and old.exists():
+            print(f"{old} is of an earlier run: there are no times to draw")
 
 
 def _subject(plain: Row, target: str) -> str:
@@ -122,16 +131,8 @@ def _subject(plain: Row, target: str) -> str:
     return f"{plain.report.model}, {kind(plain.report)}, {origin(plain.report)}; inputs: {plain.report.inputs}"
 
 
-def _steps(device: str, batch: int | None, repeats: int, errors: bool) -> str:
-    what = [f"times, {repeats} rounds"] if repeats else []
-    what += ["errors"] if errors else []
-    if not what:
-        return "none"
-    return f"{' and '.join(what)} on {device}" + (f", batch {batch}" if batch is not None else "")
-
-
 def _outputs(given: Sequence[Path], timed: bool) -> list[Path]:
-    """The files to write, checked before the work; a folder is made."""
+    """The files to write, checked before the work."""
     found: list[Path] = []
     for out in given:
         if out.suffix in SUFFIXES and not out.is_dir():
@@ -139,24 +140,35 @@ def _outputs(given: Sequence[Path], timed: bool) -> list[Path]:
         elif out.suffix and not out.is_dir():
             raise InputError(f"--out {out}: a file ends in {', '.join(SUFFIXES)}; a folder has no ending")
         else:
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"--out {out}: cannot make the folder: {error.strerror}") from None
+            if not out.is_dir():
+                _check_folder(out)
             found += [out / f"ablation{suffix}" for suffix in SUFFIXES if timed or suffix != ".png"]
     for file in found:
         if file.suffix == ".png" and not timed:
             raise InputError(f"--out {file}: the picture shows memory against time; leave out --no-time")
-        files.check(file)
+        if file.parent.is_dir() or file.parent not in given:  # else it is made when there is something to write
+            files.check(file)
     if twice := {str(f) for f in found if sum(f.resolve() == g.resolve() for g in found) > 1}:
         raise InputError(f"--out names {min(twice)} twice")
     return found
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises InputError if it cannot be made."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        code = errno.EACCES if there.is_dir() else errno.ENOTDIR
+        raise InputError(f"--out {folder}: cannot make the folder: {os.strerror(code)}")
 
 
 def _write(found: Ablation, file: Path) -> None:
     from memopt import ablation_table
     from memopt.plots import pareto
 
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {file.parent}: cannot make the folder: {error.strerror}") from None
     if file.suffix == ".png":
         pareto(found, file)
     else:

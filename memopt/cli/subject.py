@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 SEED = 0
 """Of models that a function makes, which have no setting for it."""
+LOSS = "the output's own, else the mean of the output times random weights"
+"""Of the true steps of such models. The mean alone says nothing of a model that ends in a normalization or a softmax:
+it is constant, and gradients are rounding."""
 _FACTORY = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 
 
@@ -148,7 +151,7 @@ class _Factory(Subject):
         self.passes = parse_passes(pass_names(options.passes or ""))
         self.optimizer = _optimizer("adamw" if options.optimizer is None else options.optimizer) if self.train else None
         inputs.arguments(self.inputs, self.batch or 1, "meta")  # bad ones are found before a model is built
-        if self.batch is not None:
+        if self.batch is not None or getattr(options, "steps_batch", None) is not None:
             inputs.check_scales(self.inputs)
         self.make = _imported(self.target, module, name)
 
@@ -182,7 +185,7 @@ class _Factory(Subject):
         from torch.utils._pytree import tree_map_only
 
         from memopt.estimate import fake_model, real_model, the_mode
-        from memopt.memory.profiler import Work, arguments, default_loss
+        from memopt.memory.profiler import Work, arguments
 
         with _seeded(SEED):
             model = real_model(self.make, device) if real else fake_model(self.make)
@@ -191,11 +194,11 @@ class _Factory(Subject):
                 call = arguments(model, inputs.arguments(self.inputs, size, device if real else "cpu"))
                 # Numbers that may be indices stay zero.
                 call = tree_map_only(Tensor, lambda t: t.normal_() if t.is_floating_point() else t, call)
-        return Work(model, call, lambda m, c: default_loss(m(*c[0], **c[1])), self._made_optimizer(model))
+        return Work(model, call, lambda m, c: _weighted(m(*c[0], **c[1])), self._made_optimizer(model))
 
     def settings(self) -> dict[str, Any]:
         optimizer = "none" if self.optimizer is None else self.optimizer.__name__
-        return {"batch_size": self.batch, "input": self.inputs, "optimizer": optimizer, "seed": SEED}
+        return {"batch_size": self.batch, "input": self.inputs, "optimizer": optimizer, "seed": SEED, "loss": LOSS}
 
     def _made_optimizer(self, model: nn.Module) -> torch.optim.Optimizer | None:
         if self.optimizer is None:
@@ -207,6 +210,22 @@ class _Factory(Subject):
                 f"--optimizer {self.optimizer.__name__.lower()}: {error}. Choose another, or none"
             ) from None
         return made
+
+
+def _weighted(output: Any) -> torch.Tensor:
+    """The loss of true steps; its weights are the same in every step."""
+    import torch
+
+    from memopt.memory.profiler import default_loss
+
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def mean(tensor: torch.Tensor) -> torch.Tensor:
+        here = tensor.device
+        drawn = generators.setdefault(here, torch.Generator(here).manual_seed(SEED))
+        return (tensor * torch.randn(tensor.shape, generator=drawn, device=here)).mean()
+
+    return default_loss(output, mean)
 
 
 @contextlib.contextmanager

@@ -385,8 +385,8 @@ def _kind(device: str | torch.device) -> str:
     return kind
 
 
-def default_loss(output: Any) -> Tensor:
-    """The output's own ``loss`` if it has one, else the mean over all floating tensors in it, added up.
+def default_loss(output: Any, of: Callable[[Tensor], Tensor] = Tensor.mean) -> Tensor:
+    """The output's own ``loss`` if it has one, else the mean over (or ``of``) each floating tensor in it, added up.
 
     Raises:
         InputError: there is no floating tensor in the output.
@@ -399,9 +399,9 @@ def default_loss(output: Any) -> Tensor:
         raise InputError(
             f"there is no floating tensor in the output, a {type(output).__name__}: give loss=, or train=False"
         )
-    total = floating[0].mean()
+    total = of(floating[0])
     for tensor in floating[1:]:
-        total = total + tensor.mean()
+        total = total + of(tensor)
     return total
 
 

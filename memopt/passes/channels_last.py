@@ -7,13 +7,14 @@ Random numbers are drawn in the order of memory: a dropout between convolutions 
 
 Parameters stay the same objects and get other memory. An optimizer's fused kernels read weights, gradients and states
 as flat memory and do not look at their layout, so a step of states that lie differently than their weights would be
-silently wrong: before each step of any optimizer, and by undo, states are laid out as their weights are.
+silently wrong: before each step of any optimizer, and by undo, states are laid out as their weights are. For steps that
+a pass takes piece by piece or in backward, `memopt/optim.py` does that.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +28,13 @@ from memopt.core import Edit
 from memopt.errors import InputError
 from memopt.memory.ledger import home_of
 from memopt.nested import flatten
+from memopt.optim import align
 from memopt.registry import Claim, Context, Pass
-from memopt.tensors import is_memory, storage_of, version_of
+from memopt.tensors import is_memory, laid, storage_of, version_of
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+_VIEWS = ("view size is not compatible", "must have a last dimension with stride 1")
+"""What torch says of a view that a layout does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,22 +68,22 @@ def _around(formats: dict[int, torch.memory_format]) -> Callable[..., Any]:
         copies: list[tuple[Tensor, int]] = []
         for i, x in enumerate(leaves):
             if isinstance(x, Tensor) and x.is_floating_point() and not x.is_nested and x.dim() in formats:
-                laid = x.contiguous(memory_format=formats[x.dim()])
-                if laid is not x:
-                    leaves[i] = laid
-                    copies.append((laid, 0 if compiling else version_of(laid)))
+                copy = x.contiguous(memory_format=formats[x.dim()])
+                if copy is not x:
+                    leaves[i] = copy
+                    copies.append((copy, 0 if compiling else version_of(copy)))
         if copies:
             args, kwargs = make(leaves)
         try:
             output = inner(*args, **kwargs)
         except RuntimeError as error:
-            if "view size is not compatible" not in str(error):
+            if not any(text in str(error) for text in _VIEWS):
                 raise
             raise InputError(
                 f"channels_last: {type(module).__name__} takes a view of an image that only the default layout has "
-                f"({error}) Use reshape there, or leave the pass out."
+                f"({error}) Use reshape there (contiguous before view_as_complex), or leave the pass out."
             ) from error
-        if not compiling and any(version_of(laid) != version for laid, version in copies):
+        if not compiling and any(version_of(copy) != version for copy, version in copies):
             raise InputError(
                 f"channels_last: {type(module).__name__} changes its input in place, which is a copy here. Give it an "
                 "input in channels_last, or leave the pass out."
@@ -117,8 +121,9 @@ class _Laid:
         seen = self.optimizers
 
         def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            _check(optimizer)
             seen.add(optimizer)
-            _align(optimizer)
+            align(optimizer, _parameters(optimizer))
 
         self.hook = register_optimizer_step_pre_hook(before_step)
         weakref.finalize(parameters[0], self.hook.remove).atexit = False
@@ -130,48 +135,31 @@ class _Laid:
             _lay(parameter, torch.contiguous_format)
         for optimizer in self.optimizers:
             try:
-                _align(optimizer)
+                align(optimizer, _parameters(optimizer))
             except InputError:
-                optimizer.register_step_pre_hook(lambda optimizer, *_: _align(optimizer))
+                optimizer.register_step_pre_hook(lambda optimizer, *_: align(optimizer, _parameters(optimizer)))
 
 
 def _lay(parameter: nn.Parameter, memory_format: torch.memory_format) -> None:
     grad, parameter.grad = parameter.grad, None
-    parameter.data = _laid(parameter.data, _strides(parameter, memory_format))
+    parameter.data = laid(parameter.data, _strides(parameter, memory_format))
     if grad is not None:
-        parameter.grad = _laid(grad, parameter.stride()) if is_memory(grad) else grad
+        parameter.grad = laid(grad, parameter.stride()) if is_memory(grad) else grad
 
 
 def _strides(tensor: Tensor, memory_format: torch.memory_format) -> tuple[int, ...]:
     return torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
 
 
-def _laid(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    # torch's own conversions leave weights of 1x1 as they are, whose strides then say nothing to kernels.
-    made = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
-    return made.copy_(tensor.detach())
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _align(optimizer: torch.optim.Optimizer) -> None:
-    """Lay the states and gradients of an optimizer out as its weights are."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.dim() not in FORMATS:
-                continue
-            for key, state in optimizer.state.get(parameter, {}).items():
-                if isinstance(state, Tensor) and _differs(state, parameter):
-                    if not state.is_floating_point():
-                        raise InputError(
-                            f"channels_last: {key} of {type(optimizer).__name__} is quantized in blocks of memory, "
-                            "which another layout of its weight would mix up. Take channels_last on or off before "
-                            "the optimizer's first step."
-                        )
-                    state.data = _laid(state, parameter.stride())
-            if parameter.grad is not None and _differs(parameter.grad, parameter):
-                grad, parameter.grad = parameter.grad, None
-                parameter.grad = _laid(grad, parameter.stride())
-
-
-def _differs(tensor: Tensor, like: Tensor) -> bool:
-    """Whether a tensor of the same shape lies otherwise."""
-    return tensor.shape == like.shape and is_memory(tensor) and tensor.stride() != like.stride()
+def _check(optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS) and any(
+        p.dim() in FORMATS and not p.is_contiguous() for p in _parameters(optimizer)
+    ):
+        raise InputError(
+            "channels_last: LBFGS joins all gradients to one vector in the default layout, which its weights do not "
+            "have here. Use another optimizer, or leave the pass out."
+        )

@@ -79,10 +79,11 @@ class FusedOptimizer(Pass):
             edit.wrap(optimizer, "state_dict", _around_state_dict)
             edit.wrap(optimizer, "load_state_dict", _around_load)
             edit.set(optimizer, _SWITCHES, switches)
-            if self.implementation == "fused":
-                edit.set(optimizer, "_need_device_dtype_check_for_fused", True)  # what torch notes where it is made so
-                if not isinstance(optimizer, torch.optim.Adagrad):
-                    edit.set(optimizer, "_step_supports_amp_scaling", True)  # a GradScaler lets the kernel unscale
+            fused = self.implementation == "fused"
+            # What torch notes where it is made so. A GradScaler lets the kernel unscale, where there is one for that.
+            edit.set(optimizer, "_step_supports_amp_scaling", fused and not isinstance(optimizer, torch.optim.Adagrad))
+            if fused:
+                edit.set(optimizer, "_need_device_dtype_check_for_fused", True)
                 edit.hook(optimizer.register_step_post_hook, _tell)
 
 
@@ -92,6 +93,8 @@ class _Switches:
     def __init__(self, optimizer: Optimizer, options: Mapping[str, bool]) -> None:
         self._optimizer, self._options = optimizer, options
         self._before: list[dict[str, Any]] = []
+        self._defaults = self._of(optimizer.defaults)
+        optimizer.defaults.update({name: options[name] for name in self._defaults})  # for groups to come
         self.on()
 
     def on(self) -> None:
@@ -105,6 +108,7 @@ class _Switches:
 
     def remove(self) -> None:
         """Put them back."""
+        self._optimizer.defaults.update(self._defaults)
         for group, before in zip(self._optimizer.param_groups, self.before(), strict=True):
             group.update(before)
             if not group.get("fused") and not group.get("capturable"):
@@ -114,7 +118,7 @@ class _Switches:
     def before(self) -> list[dict[str, Any]]:
         """What they were, by group; for a group that was added since, the defaults."""
         groups = self._optimizer.param_groups
-        return [*self._before, *(self._of(self._optimizer.defaults) for _ in groups[len(self._before) :])]
+        return [*self._before, *(self._defaults for _ in groups[len(self._before) :])]
 
     def _of(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return {name: group[name] for name in self._options if name in group}

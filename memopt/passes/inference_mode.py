@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
+import inspect
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -73,6 +75,17 @@ class InferenceMode(Pass):
                 raise InputError(
                     f"inference_mode: {type(model).__name__} has no module {path!r} (for {name})"
                 ) from None
+            found = inspect.getattr_static(type(module), method, None)
+            if isinstance(found, (staticmethod, classmethod, property)):
+                raise InputError(
+                    f"inference_mode: {method!r} of {type(module).__name__} is a {type(found).__name__}, not a method "
+                    "of one model. Name the methods that the loop calls."
+                )
+            if inspect.iscoroutinefunction(found) or inspect.isasyncgenfunction(found):
+                raise InputError(
+                    f"inference_mode: {method!r} of {type(module).__name__} is async: other tasks run between its "
+                    "parts, with or without autograd. Name the methods that it calls."
+                )
             if not callable(getattr(type(module), method, None)):
                 close = difflib.get_close_matches(method, [n for n in dir(type(module)) if n[0] != "_"], n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -99,15 +112,22 @@ class InferenceMode(Pass):
 
         def steps(generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
             """As each is asked for; the caller's own code between two steps runs as it always does."""
-            sent: Any = None
+            resume: Callable[[], Any] = functools.partial(next, generator)
             with contextlib.closing(generator):
                 while True:
                     with entered() as outermost:
                         try:
-                            result = placed(generator.send(sent), outermost)
+                            result = placed(resume(), outermost)
                         except StopIteration as end:
                             return placed(end.value, outermost)
-                    sent = yield result
+                        finally:
+                            del resume  # an exception in it would hold this frame, which would hold it
+                    try:
+                        resume = functools.partial(generator.send, (yield result))
+                    except GeneratorExit:
+                        raise
+                    except BaseException as error:
+                        resume = functools.partial(generator.throw, error)
 
         def around(method: str) -> Callable[..., Any]:
             def run(module: nn.Module, inner: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,8 @@ Optimizers via Block-wise Quantization" (ICLR 2022), by bitsandbytes, with three
 - The signed codes have both ends, 1 and -1. So the largest value of a block is exact, and codes made of what codes
   stand for are the same codes: a state that is saved, loaded or converted without a step between does not change.
 
+A block with an inf or a NaN becomes NaN as a whole: a training that has gone wrong is not given finite numbers.
+
 ``state_dict`` gives floats. They load into an optimizer without the pass, and its states into one with it.
 """
 
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memopt.core import Edit
 from memopt.errors import InputError
-from memopt.optim import Shelf, Shelved, check, steps_of
+from memopt.optim import Shelf, Shelved, check, kind_of, steps_of
 from memopt.registry import Claim, Context, Pass
 from memopt.tensors import is_memory
 from memopt.units import parse_bytes
@@ -82,7 +84,7 @@ class Optimizer8bit(Pass):
         found = []
         for i, optimizer in enumerate(context.optimizers):
             check(optimizer, self.name)
-            kind = _kind(optimizer)
+            kind = kind_of(optimizer)
             if kind not in _STATES or any(group.get("centered") for group in optimizer.param_groups):
                 raise InputError(
                     f"{self.name}: {'a centered ' * (kind in _STATES)}{type(optimizer).__name__} has states that must "
@@ -166,7 +168,15 @@ def _quantize(flat: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
     codes, scales = torch.ops.bitsandbytes.quantize_blockwise.default(flat, table, _BLOCK)
     if flat.device.type == "cpu":
         _search_again(flat, codes, scales, table)
-    return codes, scales
+    return codes, torch.where(_largest(flat).isfinite(), scales, torch.nan)  # a NaN has no code, nor what is by an inf
+
+
+def _largest(flat: Tensor) -> Tensor:
+    """The largest value of each block, or NaN if there is one."""
+    whole = flat.numel() // _BLOCK * _BLOCK
+    blocks = [flat[:whole].view(-1, _BLOCK)] if whole else []
+    rest = [flat[whole:].view(1, -1)] if whole < flat.numel() else []
+    return torch.cat([torch.linalg.vector_norm(x, torch.inf, dim=1) for x in (*blocks, *rest)])
 
 
 def _search_again(flat: Tensor, codes: Tensor, scales: Tensor, table: Tensor) -> None:
@@ -195,12 +205,6 @@ def _table(squares: bool, device: torch.device) -> Tensor:
     else:  # both ends
         values = torch.cat([values.new_tensor([-1.0]), values[values != smallest]])
     return values.to(device)
-
-
-def _kind(optimizer: torch.optim.Optimizer) -> str:
-    """The module of torch.optim that an optimizer's class is from."""
-    modules: Mapping[str, None] = dict.fromkeys(kind.__module__ for kind in type(optimizer).__mro__)
-    return next(m.rpartition(".")[2] for m in modules if m.startswith("torch.optim."))
 
 
 def _library() -> Any:

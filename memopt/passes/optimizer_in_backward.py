@@ -14,7 +14,7 @@ that was ended by an exception has stepped a part of the parameters; the next on
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +25,8 @@ from memopt.core import Edit
 from memopt.errors import InputError
 from memopt.optim import Steps, check, steps_of
 from memopt.registry import Claim, Context, Pass
+
+_OTHER = "a parameter that is not the model's"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +41,19 @@ class OptimizerInBackward(Pass):
 
     def plan(self, model: nn.Module, context: Context) -> list[Claim]:
         found = []
+        names = _names(model)
+        seen: set[int] = set()
         for i, optimizer in enumerate(context.optimizers):
             check(optimizer, self.name)
-            if any(p.requires_grad and p.is_leaf for group in optimizer.param_groups for p in group["params"]):
+            stepped = [p for _, p in _places(optimizer)]
+            for parameter in stepped:
+                if id(parameter) in seen:
+                    raise InputError(
+                        f"{self.name}: {names.get(id(parameter), _OTHER)} is in two of the optimizers. The first would "
+                        "drop its gradient before the second steps. Give it to one of them, or leave the pass out."
+                    )
+            seen.update(id(p) for p in stepped)
+            if stepped:
                 found.append(Claim(f"{i}.step", "optimizer"))
         if found:
             _check_alone()
@@ -49,30 +61,55 @@ class OptimizerInBackward(Pass):
         return found
 
     def apply(self, claims: Sequence[Claim], edit: Edit) -> None:
-        names = {id(p): name for name, p in edit.model.named_parameters()}
+        names = _names(edit.model)
         count = 0
         for claim in claims[:-1]:
             optimizer = edit.optimizers[int(claim.path.partition(".")[0])]
             steps = steps_of(edit, optimizer)
-            for index, group in enumerate(optimizer.param_groups):
-                for parameter in group["params"]:
-                    if parameter.requires_grad and parameter.is_leaf:
-                        name = names.get(id(parameter), "a parameter that is not the model's")
-                        edit.hook(parameter.register_post_accumulate_grad_hook, _hook(optimizer, steps, index, name))
-                        count += 1
+            for place, parameter in _places(optimizer):
+                name = names.get(id(parameter), _OTHER)
+                edit.hook(parameter.register_post_accumulate_grad_hook, _hook(optimizer, steps, place, name))
+                count += 1
+            edit.set(optimizer, "_step_supports_amp_scaling", True)  # a GradScaler then shows itself to step()
+            edit.hook(optimizer.register_step_pre_hook, _check_scaler)
         edit.note(f"{count} parameters are stepped in backward")
 
 
-def _hook(optimizer: torch.optim.Optimizer, steps: Steps, group: int, name: str) -> Callable[[Tensor], None]:
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(p): name for name, p in model.named_parameters()}
+
+
+def _places(optimizer: torch.optim.Optimizer) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Parameters that can be stepped in backward: their group's number, their own there, and themselves."""
+    for number, group in enumerate(optimizer.param_groups):
+        for i, parameter in enumerate(group["params"]):
+            if parameter.requires_grad and parameter.is_leaf:
+                yield (number, i), parameter
+
+
+def _hook(
+    optimizer: torch.optim.Optimizer, steps: Steps, place: tuple[int, int], name: str
+) -> Callable[[Tensor], None]:
     owner = weakref.ref(optimizer)
 
     def arrived(parameter: Tensor) -> None:
         found = owner()
         if found is not None and parameter.grad is not None:
             _check_alone()
-            steps.arrived(found, group, parameter, name)
+            steps.arrived(found, place, parameter, name)
 
     return arrived
+
+
+def _check_scaler(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    held = vars(optimizer)
+    if "found_inf" in held:  # set by a scaler that is at work
+        del held["found_inf"]  # which it does not do where a step fails
+        held.pop("grad_scale", None)
+        raise InputError(
+            "optimizer_in_backward: a GradScaler steps the optimizer, but parameters were stepped in backward already, "
+            "with gradients that were scaled still. Train in bf16 or float32 without a scaler, or leave the pass out."
+        )
 
 
 def _check_alone() -> None:

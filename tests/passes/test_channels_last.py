@@ -13,7 +13,16 @@ from torch.optim import optimizer as optimizers
 import memopt
 from memopt import InputError, NothingToDo, PassConflict
 from memopt.checkpoints import load_weights
-from memopt.passes import AMP, BlockSwap, ChannelsLast, Checkpoint, GradAccumulation, OffloadActivations
+from memopt.passes import (
+    AMP,
+    BlockSwap,
+    ChannelsLast,
+    Checkpoint,
+    GradAccumulation,
+    OffloadActivations,
+    OffloadOptimizer,
+    OptimizerInBackward,
+)
 from tests.zoo import differences, fingerprint
 
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -168,6 +177,67 @@ def test_optimizers_that_were_at_work_go_on(make):
     assert error([p.detach() for p in model.parameters()], [p.detach() for p in plain.parameters()]) < 1e-9
 
 
+@pytest.mark.parametrize("undo", [False, True])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [OffloadOptimizer(min_bytes=1, at_once=1)],
+        [OptimizerInBackward()],
+        [OffloadOptimizer(min_bytes=1), OptimizerInBackward()],
+    ],
+    ids=["offload", "in_backward", "both"],
+)
+def test_steps_that_passes_take_apart(more, undo):
+    """Hooks of steps see no states that are on a shelf, and there are none for a step in backward."""
+    plain, model = build(dtype=torch.float64), build(dtype=torch.float64)
+    expected, optimizer = (torch.optim.AdamW(m.parameters(), lr=0.1, fused=True) for m in (plain, model))
+    if undo:  # in the middle, the others stay
+        handle = memopt.apply(model, [ChannelsLast()])
+        whole = nn.ModuleList([model])
+        memopt.apply(whole, more, optimizer=optimizer)
+    for seed in range(4):
+        if seed == 2:
+            handle.undo() if undo else memopt.apply(model, [ChannelsLast(), *more], optimizer=optimizer)
+        for target, steps in ((plain, expected), (model, optimizer)):
+            target(image(seed=seed).double()).square().sum().backward()
+            steps.step()
+            steps.zero_grad()
+    assert error([p.detach() for p in model.parameters()], [p.detach() for p in plain.parameters()]) < 1e-9
+
+
+def test_states_of_complex_weights_are_laid_out():
+    weights = [nn.Parameter(torch.ones(4, 3, 2, 2, dtype=torch.complex64)) for _ in range(2)]
+    model = nn.Conv2d(3, 4, 2, bias=False)
+    model.weight = weights[1]
+    found = [torch.optim.Adam([p], lr=0.1) for p in weights]
+    for step in range(2):
+        if step:
+            handle = memopt.apply(model, [ChannelsLast()])
+        for p, optimizer in zip(weights, found, strict=True):
+            p.grad = torch.arange(48.0).view(4, 3, 2, 2) * (1 + 1j)
+            optimizer.step()
+    assert found[1].state[weights[1]]["exp_avg"].stride() == weights[1].stride() != weights[0].stride()
+    assert torch.allclose(*weights)
+    handle.undo()
+
+
+def test_lbfgs_is_refused():
+    model = build()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    handle = memopt.apply(model, [ChannelsLast()])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(image()).square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(InputError, match="channels_last: LBFGS joins all gradients to one vector"):
+        optimizer.step(closure)
+    handle.undo()
+    optimizer.step(closure)
+
+
 def test_states_that_are_loaded_are_laid_out_before_the_step():
     plain = build(dtype=torch.float64)
     expected = torch.optim.AdamW(plain.parameters(), lr=0.1, fused=True)
@@ -299,10 +369,16 @@ def test_a_view_that_needs_the_default_layout_is_explained():
         def forward(self, x):
             return super().forward(x).view(len(x), -1)
 
+    class Pairs(nn.Conv2d):
+        def forward(self, x):
+            return torch.view_as_complex(super().forward(x).unflatten(-1, (3, 2)))
+
     model = Views(3, 4, 3)
     handle = memopt.apply(model, [ChannelsLast()])
     with pytest.raises(InputError, match=r"channels_last: Views takes a view .* Use reshape there"):
         model(torch.randn(2, 3, 8, 8))
+    with pytest.raises(InputError, match=r"channels_last: Pairs takes a view .*\(contiguous before view_as_complex"):
+        memopt.apply(Pairs(3, 4, 3), [ChannelsLast()]).model(torch.randn(2, 3, 8, 8))
     with pytest.raises(RuntimeError, match="expected input"):  # errors of another kind stay what they are
         model(torch.randn(2, 5, 8, 8))
     handle.undo()

@@ -46,6 +46,24 @@ class Sampler(nn.Module):
                 x = x + heard
         return "done"
 
+    async def later(self, x):
+        return self(x)
+
+    async def each(self, x):
+        yield self(x)
+
+    @staticmethod
+    def noise(x):
+        return torch.randn_like(x)
+
+    @classmethod
+    def made(cls):
+        return cls()
+
+    @property
+    def size(self):
+        return self.layer.in_features
+
 
 x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
 
@@ -174,6 +192,29 @@ def test_a_generator_yields_results_as_they_come():
     assert torch.is_grad_enabled()
 
 
+def test_an_exception_that_is_thrown_into_a_generator_arrives_there():
+    class Caught(Sampler):
+        def stream(self, x):
+            try:
+                yield self(x)
+            except KeyError:
+                self.seen.append(torch.is_grad_enabled())
+                yield self(x) * 2
+
+    model = Caught()
+    memopt.apply(model, [InferenceMode(methods=("stream",), outputs="cpu")])
+    stream = model.stream(x)
+    first = next(stream)
+    second = stream.throw(KeyError())
+    assert torch.equal(second, first * 2)
+    assert not second.requires_grad
+    assert model.seen == [False, False, False]
+    assert torch.is_grad_enabled()
+    with pytest.raises(ValueError, match="not caught"):
+        stream.throw(ValueError("not caught"))
+    assert torch.is_grad_enabled()
+
+
 def test_a_generator_that_is_dropped_is_closed():
     model = Sampler()
     closed = []
@@ -248,6 +289,11 @@ def test_with_other_passes_and_with_itself():
     [
         ({"methods": ["sampel"]}, "Sampler has no method 'sampel'. Did you mean 'sample'"),
         ({"methods": ["seen"]}, "Sampler has no method 'seen'"),
+        ({"methods": ["later"]}, "'later' of Sampler is async: other tasks run between its parts"),
+        ({"methods": ["each"]}, "'each' of Sampler is async"),
+        ({"methods": ["noise"]}, "'noise' of Sampler is a staticmethod, not a method of one model"),
+        ({"methods": ["made"]}, "'made' of Sampler is a classmethod"),
+        ({"methods": ["size"]}, "'size' of Sampler is a property"),
         ({"methods": ["decoder.decode"]}, "Sampler has no module 'decoder' (for decoder.decode)"),
         ({"methods": []}, "methods must be a tuple of names, not ()"),
         ({"grad": "off"}, "grad"),

@@ -1,7 +1,11 @@
 """What the passes on optimizers have in common, and OffloadOptimizer and FusedOptimizer."""
 
 import copy
+import functools
+import gc
 import io
+import pickle
+import types
 
 import pytest
 import torch
@@ -10,7 +14,15 @@ from torch.utils._pytree import tree_leaves
 
 import memopt
 from memopt import InputError, NothingToDo, PassConflict
-from memopt.passes import BlockSwap, FusedOptimizer, OffloadOptimizer, Optimizer8bit, OptimizerInBackward, SetToNone
+from memopt.passes import (
+    AMP,
+    BlockSwap,
+    FusedOptimizer,
+    OffloadOptimizer,
+    Optimizer8bit,
+    OptimizerInBackward,
+    SetToNone,
+)
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
@@ -258,6 +270,48 @@ def test_two_for_the_same_states():
     memopt.apply(model, [OffloadOptimizer()], optimizer=optimizer)
     with pytest.raises(PassConflict, match="this AdamW has passes through another model"):
         memopt.apply(other, [OptimizerInBackward()], optimizer=optimizer)
+    del model
+    gc.collect()
+    with pytest.raises(PassConflict, match=r"a model that is no longer there\. Make a new optimizer and load"):
+        memopt.apply(other, [OptimizerInBackward()], optimizer=optimizer)
+
+
+@pytest.mark.parametrize("like", ["method", "wrapper"])
+def test_a_step_of_somebody_else_below_a_scheduler_is_not_dropped(like):
+    def step(self, *args, **kwargs):
+        return type(self).step(self, *args, **kwargs)
+
+    optimizer = torch.optim.AdamW((model := Net()).parameters())
+    optimizer.step = types.MethodType(
+        step if like == "method" else functools.wraps(type(optimizer).step)(step), optimizer
+    )
+    torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    with pytest.raises(InputError, match=r"offload_optimizer cannot wrap AdamW\.step: another library replaced it"):
+        memopt.apply(model, [OffloadOptimizer()], optimizer=optimizer)
+    assert type(optimizer) is torch.optim.AdamW
+
+
+def test_a_scheduler_that_was_made_with_a_pass_outlives_it():
+    """It wrapped the step that the pass had made."""
+    model, optimizer, handle, scheduler = build(OPTIMIZERS["adamw"], EXACT["offload"], "after")
+    handle.undo()
+    plain, reference, _, other = build(OPTIMIZERS["adamw"], [], "after")
+    memopt.apply(model, [OptimizerInBackward()], optimizer=optimizer)
+    assert steps(model, optimizer, scheduler) == steps(plain, reference, other)
+
+
+@pytest.mark.parametrize("save", [pickle.dumps, lambda x: torch.save(x, io.BytesIO())], ids=["pickle", "torch"])
+def test_an_optimizer_or_a_model_is_not_pickled_as_a_whole(save):
+    model, optimizer, handle, _ = build(OPTIMIZERS["adamw"], [AMP(), OffloadOptimizer(), OptimizerInBackward()])
+    for target in (model, optimizer):
+        with pytest.raises(
+            InputError, match=rf"this {type(target).__name__} has passes of memopt and cannot be pickled"
+        ):
+            save(target)
+        copy.copy(target), copy.deepcopy(target)
+    handle.undo()
+    save(optimizer)
+    save(model)
 
 
 @pytest.mark.parametrize("name", ["optimizer_8bit", "optimizer_in_backward", "offload_optimizer", "fused_optimizer"])
@@ -378,6 +432,32 @@ def test_fused_where_it_is_not():
         assert optimizer.param_groups[0]["foreach"] is True
         steps(model, optimizer)
     assert optimizer.param_groups[0]["foreach"] is None
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+def test_groups_that_come_later_and_a_scaler(implementation):
+    """``foreach`` here is put over ``fused=True``, whose kernel would have unscaled the gradients."""
+    results = []
+    for passes in ([], [FusedOptimizer(implementation=implementation)]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+        optimizer = torch.optim.AdamW(model[0].parameters(), lr=0.01, fused=implementation == "foreach")
+        before = dict(optimizer.defaults)
+        handle = memopt.apply(model, passes, optimizer=optimizer)
+        optimizer.add_param_group({"params": list(model[1].parameters()), "lr": 0.02})
+        assert not passes or all(group[implementation] for group in optimizer.param_groups)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for _ in range(2):
+            scaler.scale(model(torch.randn(2, 4)).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        handle.undo()
+        assert optimizer.defaults == before
+        results.append((list(model.parameters()), [group["fused"] for group in optimizer.param_groups]))
+    (expected, options), (found, after) = results
+    assert all((a - b).abs().max() <= 1e-6 for a, b in zip(expected, found, strict=True))
+    assert after == options
 
 
 def test_fused_has_no_temporaries_on_a_gpu():

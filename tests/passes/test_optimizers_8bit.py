@@ -46,6 +46,28 @@ def test_states_are_within_their_bound_and_stay_what_they_became(squares, dtype)
         assert (found[state > 1e-30] > 0).all()
 
 
+@pytest.mark.parametrize("squares", [False, True])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_so(squares, bad):
+    """Its block, and no other; the last one is shorter than the rest."""
+    for size, place in ((700, 300), (700, 600), (512, 0), (100, 99)):
+        state = torch.ones(size)
+        state[place] = bad
+        found = decode(encode(state, squares))
+        expected = torch.arange(size) // 256 == place // 256
+        assert torch.equal(found.isnan(), expected)
+        assert torch.equal(found[~expected], state[~expected])
+
+
+def test_muon():
+    layer = nn.Linear(64, 64, bias=False)
+    optimizer = torch.optim.Muon(layer.parameters())
+    memopt.apply(layer, [Optimizer8bit()], optimizer=optimizer)
+    layer(torch.randn(2, 64)).square().mean().backward()
+    optimizer.step()
+    assert not isinstance(optimizer.state[layer.weight]["momentum_buffer"], torch.Tensor)
+
+
 def test_forms_are_kept():
     for state in (torch.randn(8, 3, 5, 5).to(memory_format=torch.channels_last), torch.randn(70, 9).mT):
         coded = encode(state, False)

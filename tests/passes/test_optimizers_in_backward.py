@@ -73,7 +73,9 @@ def test_a_second_gradient_before_the_step_is_an_error():
     optimizer.zero_grad()
     model(x).mean().backward()
     optimizer.zero_grad()  # dropping a gradient does not take its step back
-    with pytest.raises(InputError, match="was stepped already"):
+    with pytest.raises(
+        InputError, match=r"was stepped already .* a step\(\) that is skipped or fails takes no step back"
+    ):
         model(x).mean().backward()
 
 
@@ -134,13 +136,57 @@ def test_fp16_waits_for_its_scaler():
     memopt.apply(model, [AMP(), OptimizerInBackward(), SetToNone()], optimizer=optimizer)
 
 
-def test_a_scaler_of_the_loops_own_fails():
-    model = nn.Linear(4, 4)
-    optimizer, _ = put(model)
-    scaler = torch.amp.GradScaler("cpu")
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_scaler_of_the_loops_own_fails(late, unscale):
+    """Also where a parameter that came later is left for it to look at."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    handle = memopt.apply(model, EARLY, optimizer=optimizer)
+    if late:
+        optimizer.add_param_group({"params": list(model[1].parameters())})
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(model(torch.randn(2, 4)).mean()).backward()
-    with pytest.raises(AssertionError, match="No inf checks were recorded for this optimizer"):
+    if unscale:
+        scaler.unscale_(optimizer)
+    with pytest.raises(InputError, match="optimizer_in_backward: a GradScaler steps the optimizer, but"):
         scaler.step(optimizer)
+    optimizer.step()  # without it all is well
+    handle.undo()
+    assert not {"found_inf", "grad_scale", "_step_supports_amp_scaling"} & vars(optimizer).keys()
+
+
+def test_a_parameter_in_two_optimizers_is_refused():
+    model = nn.Linear(4, 4)
+    both = [torch.optim.SGD(p, lr=0.1) for p in (model.parameters(), [model.weight])]
+    with pytest.raises(InputError, match="optimizer_in_backward: weight is in two of the optimizers"):
+        memopt.apply(model, EARLY, optimizer=both)
+    memopt.apply(model, EARLY, optimizer=[both[0], both[0]])  # that is one
+
+
+@pytest.mark.parametrize("change", ["pop", "reverse", "drop"])
+def test_groups_that_are_changed_later(change):
+    results = []
+    for passes in ([], EARLY):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        groups = [{"params": list(part.parameters()), "lr": lr} for part, lr in zip(model, (0.1, 0.5), strict=True)]
+        optimizer = torch.optim.SGD(groups, lr=0.1)
+        memopt.apply(model, passes, optimizer=optimizer)
+        if change == "drop":
+            optimizer.param_groups[1]["params"].pop(0)
+        else:
+            getattr(optimizer.param_groups, change)()
+        for _ in range(2):
+            optimizer.zero_grad()
+            model.zero_grad()
+            model(torch.ones(2, 4)).square().mean().backward()
+            optimizer.step()
+        left_out = {"pop": [True, True], "reverse": [False, False], "drop": [True, False]}[change]
+        if passes:
+            assert [p.grad is not None for p in model[1].parameters()] == left_out
+        results.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_several_processes_are_refused():
