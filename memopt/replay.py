@@ -30,7 +30,8 @@ class Replay:
 
     def __init__(self, module: nn.Module, *, writes: bool = False, given: Iterable[Any] = ()) -> None:
         modules = list(module.modules())
-        self.weights = [(p, version_of(p), p.requires_grad) for p in module.parameters() if p.is_leaf]
+        weights = [p for m in modules for p in m._parameters.values() if p is not None and p.is_leaf]
+        self.weights = [(p, version_of(p), p.requires_grad) for p in weights]
         self.modes = [(m, m.training) for m in modules]
         kinds = ("_parameters",) if writes else ("_parameters", "_buffers")
         self.held = [(held, dict(held)) for m in modules for kind in kinds if (held := getattr(m, kind))]
