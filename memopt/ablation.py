@@ -197,7 +197,7 @@ def ablate(
     train: bool,
     seed: int = 0,
     errors: bool = True,
-    repeats: int = 5,
+    repeats: int = 3,
     progress: Progress = lambda text, done, of: None,
 ) -> list[Row]:
     """The rows for these passes, measured; the first has none.

@@ -49,7 +49,7 @@ def add(verbs: Any) -> None:
     subject.add(parser, "batch_size", "passes")
     parser.add_argument("--real", action="store_true", help="measure memory on true steps, too, on this machine")
     parser.add_argument("--steps-batch", metavar="B", help="samples of the true steps (default: the batch size)")
-    parser.add_argument("--repeats", metavar="N", default="5", help="timed steps of each row (default: 5)")
+    parser.add_argument("--repeats", metavar="N", default="3", help="timed steps of each row (default: 3)")
     parser.add_argument("--no-time", action="store_true", help="measure no times")
     parser.add_argument("--no-errors", action="store_true", help="measure no errors")
     parser.add_argument(
