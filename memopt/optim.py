@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from memopt.core import Edit
 from memopt.errors import InputError, PassConflict
@@ -71,6 +73,33 @@ def align(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
         if parameter.grad is not None and differs(parameter.grad, parameter):
             grad, parameter.grad = parameter.grad, None
             parameter.grad = laid(grad, parameter.stride())
+
+
+_dead: list[RemovableHandle] = []
+
+
+def before_steps(owner: Any, hook: Callable[[Any, Optimizer], None]) -> RemovableHandle:
+    """Have a function called with an object and the optimizer before each step of any, for as long as the object lives.
+
+    The object may die while torch goes through the hooks, which must not change then: the hooks of those that died are
+    taken off when the next is put on.
+    """
+    take_off_dead()
+    found = weakref.ref(owner)
+
+    def begins(optimizer: Optimizer, *_: Any) -> None:
+        if (owner := found()) is not None:
+            hook(owner, optimizer)
+
+    handle = register_optimizer_step_pre_hook(begins)
+    weakref.finalize(owner, _dead.append, handle).atexit = False
+    return handle
+
+
+def take_off_dead() -> None:
+    """Take off the hooks of those that died; not while an optimizer steps."""
+    while _dead:
+        _dead.pop().remove()
 
 
 class Shelf(ABC):

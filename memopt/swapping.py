@@ -18,7 +18,6 @@ import functools
 import sys
 import threading
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,9 +26,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memopt.homes import Arrival, Reader, Weight, find_homes
+from memopt.optim import before_steps
 from memopt.saved import check_version, hooks_allowed, hooks_in_force, kept_by, unpack
 from memopt.tensors import is_memory, storage_of, version_of
 from memopt.transfer import Mover
@@ -164,8 +163,7 @@ class Swapper:
         self._follows: dict[Phase, bool] = {"forward": True, "backward": True}
         self._tasks: set[int] = set()  # of autograd, at whose end the units go
         self._near: dict[int, tuple[Unit, Weight]] = {}  # by storage
-        self._unfollow = _follow_steps(weakref.ref(self))
-        weakref.finalize(self, self._unfollow)
+        self._unfollow = before_steps(self, Swapper.step_begins).remove
 
     def settle(self) -> None:
         """Find homes for the weights that have none, or have got other data since."""
@@ -402,16 +400,6 @@ class _Noted:
         with torch.no_grad():
             data = self.weight.parameter.detach() if near is None else near
             return data.as_strided(self.size, self.stride, self.offset)
-
-
-def _follow_steps(swapper: weakref.ref[Swapper]) -> Callable[[], None]:
-    """Have a swapper know of every optimizer's steps; returns how to end that."""
-
-    def begins(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if (found := swapper()) is not None:
-            found.step_begins(optimizer)
-
-    return register_optimizer_step_pre_hook(begins).remove
 
 
 def _phase() -> Phase:

@@ -22,13 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memopt.core import Edit
 from memopt.errors import InputError
 from memopt.memory.ledger import home_of
 from memopt.nested import flatten
-from memopt.optim import align
+from memopt.optim import align, before_steps
 from memopt.registry import Claim, Context, Pass
 from memopt.tensors import is_memory, laid, storage_of, version_of
 
@@ -120,13 +119,12 @@ class _Laid:
             _lay(parameter, FORMATS[parameter.dim()])
         seen = self.optimizers
 
-        def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        def before_step(_: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
             _check(optimizer)
             seen.add(optimizer)
             align(optimizer, _parameters(optimizer))
 
-        self.hook = register_optimizer_step_pre_hook(before_step)
-        weakref.finalize(parameters[0], self.hook.remove).atexit = False
+        self.hook = before_steps(parameters[0], before_step)
 
     def remove(self) -> None:
         """Lay them out as they were, with the values they have now."""

@@ -14,6 +14,7 @@ import memopt
 from memopt import InputError
 from memopt.mapped import MappedFile
 from memopt.memory.ledger import Ledger
+from memopt.optim import take_off_dead
 from memopt.passes import BlockSwap, Checkpoint
 from tests.passes.test_block_swap import Block, Stack, batch, gradients_of, stack
 from tests.passes.test_offload_activations import assert_equal
@@ -415,6 +416,7 @@ def test_who_only_looks_at_gradients_writes_nothing(loaded):
 
 def test_nobody_follows_optimizers_afterwards():
     gc.collect()
+    take_off_dead()
     before = len(hooks)
     handle = memopt.apply(stack(), [BlockSwap()])
     assert len(hooks) == before + 1
@@ -425,4 +427,5 @@ def test_nobody_follows_optimizers_afterwards():
     copy.deepcopy(model)(batch())
     del model, handle
     gc.collect()
+    take_off_dead()
     assert len(hooks) == before

@@ -13,6 +13,7 @@ from torch.optim import optimizer as optimizers
 import memopt
 from memopt import InputError, NothingToDo, PassConflict
 from memopt.checkpoints import load_weights
+from memopt.optim import take_off_dead
 from memopt.passes import (
     AMP,
     BlockSwap,
@@ -110,6 +111,8 @@ def test_exact_to_rounding(dims):
 
 def test_undo_lays_out_the_values_of_now():
     model = build()
+    gc.collect()
+    take_off_dead()
     before, hooks = fingerprint(model), len(optimizers._global_optimizer_pre_hooks)
     handle = memopt.apply(model, [ChannelsLast()])
     handle.undo()
@@ -406,12 +409,40 @@ def test_dropout_is_mentioned():
 def test_a_model_that_dies_with_the_pass_leaves_no_hook():
     model = build()
     gc.collect()
+    take_off_dead()
     hooks = len(optimizers._global_optimizer_pre_hooks)
     memopt.apply(model, [ChannelsLast()])
     assert len(optimizers._global_optimizer_pre_hooks) == hooks + 1
     del model
     gc.collect()
+    take_off_dead()
     assert len(optimizers._global_optimizer_pre_hooks) == hooks
+
+
+@pytest.mark.parametrize("pass_", [ChannelsLast(), BlockSwap(blocks="*")])
+def test_a_model_may_die_while_another_is_stepped(pass_):
+    """torch is going through the hooks then, which must not change."""
+    model = build()
+    handle = memopt.apply(model, [pass_])
+    take_off_dead()
+    hooks = len(optimizers._global_optimizer_pre_hooks)
+    other = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+
+    def dies(*_):
+        nonlocal model, handle
+        model = handle = None
+        gc.collect()
+
+    first = optimizers.register_optimizer_step_pre_hook(dies)
+    optimizers._global_optimizer_pre_hooks.move_to_end(first.id, last=False)
+    try:
+        other(torch.randn(1, 2)).sum().backward()
+        optimizer.step()
+    finally:
+        first.remove()
+    take_off_dead()
+    assert len(optimizers._global_optimizer_pre_hooks) == hooks - 1
 
 
 def test_a_deep_copy():
