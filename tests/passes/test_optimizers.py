@@ -260,6 +260,8 @@ def test_what_may_look_at_several_parameters_is_refused(pass_, kind):
 
 
 def test_two_for_the_same_states():
+    import bitsandbytes  # noqa: F401  # imported by a pass, it would keep that frame, which has the model, in its log
+
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(
