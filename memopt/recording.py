@@ -26,7 +26,7 @@ from memopt import cheap
 from memopt.deferred import StandIn
 from memopt.deferred.value import saving_hooks
 from memopt.remat import Argument, Call, Here, Saved, Value, Weight, bytes_of, leaves, mapped
-from memopt.saved import Pack, Passed, Unpack, hooks_allowed, packers, unpack
+from memopt.saved import Pack, Passed, Unpack, hooks_allowed, owner_in_force, unpack
 from memopt.tensors import PLAIN, is_memory, span, storage_of, unseen, version_of
 
 DEEP = 16
@@ -151,7 +151,7 @@ class Recording(TorchFunctionMode):
             return func(*args, **kwargs)
         args = self._brought(func, args)
         with unseen():
-            given = list(leaves((args, kwargs)))
+            given = leaves((args, kwargs))
             known = all(map(self._usable, given)) and any(isinstance(leaf, Tensor) for leaf in given)
         return self._made(func, again, args, kwargs) if known else func(*args, **kwargs)
 
@@ -324,6 +324,5 @@ class _Storages:
 
 
 def recording() -> Recording | None:
-    """The recording that gets what autograd saves here, perhaps from hooks that pass it on."""
-    owners = (getattr(pack, "__self__", None) for pack in packers())
-    return next((owner for owner in owners if isinstance(owner, Recording)), None)
+    """The recording that gets what autograd saves here."""
+    return owner_in_force(Recording)

@@ -15,6 +15,7 @@ from memopt.tensors import version_of
 Pack = Callable[[Tensor], Any]
 Unpack = Callable[[Any], Tensor]
 Hook = TypeVar("Hook", bound=Callable[..., Any])
+Owner = TypeVar("Owner")
 
 
 _FOR_NOW = WeakIdKeyDictionary()
@@ -119,6 +120,16 @@ def packers() -> Iterator[Any]:
         hooks = getattr(getattr(pack, "__self__", None), "outer", None)
 
 
+def owners() -> Iterator[Any]:
+    """The objects that these functions are methods of; None for one of its own."""
+    return (getattr(pack, "__self__", None) for pack in packers())
+
+
+def owner_in_force(kind: type[Owner]) -> Owner | None:
+    """The innermost object of a class that gets what autograd saves here, through others' hooks that pass it on."""
+    return next((owner for owner in owners() if isinstance(owner, kind)), None)
+
+
 def in_checkpoint() -> bool:
     """Whether what autograd saves here is not kept, because a checkpoint will compute it again."""
     home = "torch.utils.checkpoint"
@@ -127,7 +138,7 @@ def in_checkpoint() -> bool:
 
 def in_selective_checkpoint() -> bool:
     """Whether the checkpoint here has a policy of what it keeps, and makes the rest again once."""
-    return any(getattr(getattr(pack, "__self__", None), "selective", False) for pack in packers())
+    return any(getattr(owner, "selective", False) for owner in owners())
 
 
 def hooks_allowed() -> bool:

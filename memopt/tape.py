@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from memopt.saved import Pack, Passed, Stays, Unpack, hooks_in_force, kept_by
+from memopt.saved import Pack, Passed, Stays, Unpack, kept_by, owner_in_force
 from memopt.tensors import is_memory, span, version_of
 from memopt.transfer import Mover, Parked
 
@@ -131,17 +131,8 @@ class Tape:
 
 
 def tape_in_force() -> Tape | None:
-    """The innermost tape that gets what autograd saves here, through others' hooks that pass it on."""
-    hooks = hooks_in_force()
-    while hooks is not None:
-        pack: Any = hooks[0]
-        for wrapped in getattr(pack, "args", ()):  # a profile looks at what hooks keep
-            pack = wrapped
-        owner = getattr(pack, "__self__", None)
-        if isinstance(owner, Tape):
-            return owner
-        hooks = getattr(owner, "outer", None)
-    return None
+    """The innermost tape that gets what autograd saves here."""
+    return owner_in_force(Tape)
 
 
 class Kept(Stays):
