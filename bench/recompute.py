@@ -1,11 +1,12 @@
 """What recomputation costs and saves on HAE V2: the memory of fake profiles, and the time of true steps on the CPU.
 
-    python bench/recompute.py            # about ten minutes on two cores; --memory alone: three
+    python bench/recompute.py            # about fifteen minutes on two cores; --memory alone: three
     python bench/recompute.py --memory
 
 Memory is one float32 training step of `brats128` with AdamW at batch 14, as a GPU would allocate it (bench/claims.py).
-Times are of forward and backward of `quickstart` at batch 16 and `brats128` at batch 1: medians of ratios to the plain
-model within a round, in which each row runs once, so that what else the machine does concerns all rows alike.
+Times are of forward and backward of `quickstart` at batches of 16 and 64 and of `brats128` at batch 1: medians of
+ratios to the plain model within a round, in which each row runs once, so that what else the machine does concerns all
+rows alike.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ ROWS: dict[str, list[Any]] = {
     "outer_product, checkpoint full, lean_ops": [*OUTER, Checkpoint(), LeanOps()],
 }
 """What is timed, too."""
+TIMED = (("quickstart", 16), ("quickstart", 64), ("brats128", 1))
+BLIND = "none; attention without the condition's tokens"
+"""Another model, which shows how much of the time the product and what attention makes of it take."""
 MORE: dict[str, list[Any]] = {
     "lean_ops": [LeanOps()],
     "outer_product, checkpoint full, layer": [*OUTER, Checkpoint(granularity="layer")],
@@ -71,9 +75,13 @@ def steps(preset: str, batch: int) -> dict[str, Callable[[], None]]:
     config: Any = recipe.presets[preset]
     size = config.image_size
 
-    def made(passes: list[Any]) -> Callable[[], None]:
+    def made(passes: list[Any], tokens: bool = True) -> Callable[[], None]:
         torch.manual_seed(0)
         model: Any = recipe.model(config).train()
+        if not tokens:
+            for block in model.modules():
+                if type(block).__name__ == "AttentionBlock":
+                    block.forward = lambda x, tokens=None, forward=block.forward: forward(x)
         x, t = torch.randn(batch, 4, size, size), torch.zeros(batch, dtype=torch.long)
         kwargs = {"y": torch.zeros(batch, dtype=torch.long), "clf_free": True, "null": torch.zeros(batch).bool()}
         if passes:
@@ -85,7 +93,7 @@ def steps(preset: str, batch: int) -> dict[str, Callable[[], None]]:
 
         return run
 
-    return {name: made(passes) for name, passes in ROWS.items()}
+    return {name: made(passes) for name, passes in ROWS.items()} | {BLIND: made([], tokens=False)}
 
 
 def ratios(preset: str, batch: int, rounds: int) -> dict[str, float]:
@@ -111,24 +119,22 @@ def main() -> None:
     parser.add_argument("--times", action="store_true", help="no memory")
     parser.add_argument("--rounds", type=int, default=7, help="how often each row is timed")
     args = parser.parse_args()
-    small = {} if args.memory else ratios("quickstart", 16, args.rounds)
-    large = {} if args.memory else ratios("brats128", 1, args.rounds)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    if not args.memory:
+        found = [ratios(preset, batch, args.rounds) for preset, batch in TIMED]
+        print(f"| passes | {' | '.join(f'{preset}, batch {batch}' for preset, batch in TIMED)} |")
+        print("|---|---|---|---|")
+        for name in found[0]:
+            print(f"| {name} | {' | '.join(f'{times[name]:.2f}' for times in found)} |")
     if args.times:
-        for name in ROWS:
-            print(f"| {name} | {small[name]:.2f} | {large[name]:.2f} |")
         return
-    print("| passes | kept, GiB | peak, GiB | of plain | time, quickstart | time, brats128 |")
-    print("|---|---|---|---|---|---|")
+    print("\n| passes | kept, GiB | peak, GiB | of plain |\n|---|---|---|---|")
     plain = 0
     for name, passes in (ROWS | MORE).items():
         report = step(14, passes=passes)
         plain = plain or report.peak
-        times = " | ".join(f"{found[name]:.2f}" if name in found else "" for found in (small, large))
-        print(
-            f"| {name} | {report.kept / GIB:.2f} | {report.peak / GIB:.2f} | {report.peak / plain:.3f} | {times} |",
-            flush=True,
-        )
+        figures = f"{report.kept / GIB:.2f} | {report.peak / GIB:.2f} | {report.peak / plain:.3f}"
+        print(f"| {name} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

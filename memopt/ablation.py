@@ -143,6 +143,8 @@ def applicable(work: Work, *, train: bool) -> tuple[list[Pass], dict[str, str]]:
             others[name] = f"finds nothing to do; it needs {pass_.wanted()}"
         elif not pass_.exact:
             others[name] = "not exact; name it to have it"
+        elif pass_.not_by_default:
+            others[name] = f"{pass_.not_by_default}; name it to have it"
         else:
             found.append(pass_)
     return found, others

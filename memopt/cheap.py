@@ -96,6 +96,11 @@ def plainly(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[C
     return func, Replay(_OUT_OF_PLACE.get(func, func), args, kwargs)
 
 
+def done(result: Tensor) -> Again:
+    """The same call once more, of one whose result is there."""
+    return lambda func, args, kwargs: (lambda *_, **__: result, Replay(func, args, kwargs))
+
+
 def _with_batch_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Of this batch, not of those seen so far: without updating these."""
     given = _named_arguments(func, args, kwargs)
@@ -219,6 +224,8 @@ class OwnGradient(torch.autograd.Function):
         return grad.clone() if grad.untyped_storage().nbytes() > grad.nbytes else grad
 
 
+CASTS = frozenset(named("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous"))
+"""What gives its input itself where there is nothing to do, as mostly there is."""
 JOINS = frozenset(named("cat", "concat"))
 
 _OUT_OF_PLACE = {

@@ -150,17 +150,23 @@ class Recording(TorchFunctionMode):
         if again is None or "out" in kwargs:
             return func(*args, **kwargs)
         args = self._brought(func, args)
+        result = None
+        if func in cheap.CASTS:
+            result = func(*args, **kwargs)
+            if result is cheap.first(args, kwargs) or not isinstance(result, Tensor):
+                return result
+            again = cheap.done(result)
         with unseen():
-            given = leaves((args, kwargs))
-            known = all(map(self._usable, given)) and any(isinstance(leaf, Tensor) for leaf in given)
-        return self._made(func, again, args, kwargs) if known else func(*args, **kwargs)
+            tensors = self._usable(leaves((args, kwargs)))
+        if tensors:
+            return self._made(func, again, args, kwargs, tensors)
+        return func(*args, **kwargs) if result is None else result
 
-    def _made(self, func: Any, again: cheap.Again, args: Any, kwargs: Any) -> Any:
+    def _made(self, func: Any, again: cheap.Again, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         with unseen():
             how = again(func, args, kwargs)
             if how is not None:
                 compute, replay = how
-                tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
                 before = {storage_of(tensor) for tensor in tensors}
                 target = cheap.first(args, kwargs) if cheap.writes(func, args, kwargs) else None
                 self._calls += 1
@@ -274,7 +280,11 @@ class Recording(TorchFunctionMode):
     def _is_buffer(self, tensor: Tensor) -> bool:
         return is_memory(tensor) and self.buffers.has(tensor.untyped_storage())
 
-    def _usable(self, leaf: Any) -> bool:
+    def _usable(self, given: list[Any]) -> list[Tensor]:
+        """The tensors a call is given; none if it could not be made again with them."""
+        return [x for x in given if isinstance(x, Tensor)] if all(map(self._is_usable, given)) else []
+
+    def _is_usable(self, leaf: Any) -> bool:
         if not isinstance(leaf, Tensor):
             return not isinstance(leaf, StandIn)
         if not is_memory(leaf) or leaf.is_inference():
@@ -289,12 +299,12 @@ class Recording(TorchFunctionMode):
 
     def _lowered(self, inputs: Sequence[Any]) -> list[Any]:
         """A product's inputs, cast as autocast would, but where it is seen."""
-        return [self._lower(x) if isinstance(x, Tensor) and self._usable(x) else x for x in inputs]
+        return [self._lower(x) if isinstance(x, Tensor) and self._is_usable(x) else x for x in inputs]
 
     def _lower(self, x: Tensor) -> Tensor:
         with unseen():
             dtype = cheap.lower_dtype(x)
-        return x if dtype is None else self._made(Tensor.to, cheap.plainly, (x, dtype), {})
+        return x if dtype is None else self._made(Tensor.to, cheap.plainly, (x, dtype), {}, [x])
 
     def _settle(self, written: list[Any]) -> None:
         """Before memory is changed: keep a copy of what others are made from."""

@@ -87,6 +87,8 @@ class Pass(ABC):
     """What it must find; the error for an empty plan and ``memopt passes`` show it."""
     changes: ClassVar[str] = ""
     """For passes that are not exact: what changes, and the tolerance it is tested to."""
+    not_by_default: ClassVar[str] = ""
+    """Why ``memopt ablate`` takes it only by name, if it does, although it is exact."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -184,6 +184,7 @@ def test_the_exact_passes_that_find_something_are_the_default(work):
     chosen = {p.name for p in found}
     assert {"checkpoint", "offload_activations", "set_to_none", "cache_cleanup"} <= chosen
     assert others["amp"] == "not exact; name it to have it"
+    assert others["grad_accumulation"] == "another batch in each forward; name it to have it"
     assert others["outer_product"].startswith("finds nothing to do; it needs a product of each row")
     work.optimizer = None
     found, others = applicable(work, train=True)

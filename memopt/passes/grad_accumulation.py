@@ -52,6 +52,7 @@ class GradAccumulation(Pass):
     exact = True
     rounding = True
     needs = "a model with parameters"
+    not_by_default = "another batch in each forward"
 
     parts: int = 2
     """How many parts a batch is split into; a smaller batch into its samples."""
