@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -259,6 +259,10 @@ class _Observation(NamedTuple):
     bytes: int
 
 
+class _Cycle:
+    itself: _Cycle
+
+
 class LeakWatch:
     """Compares what is alive after steps. ``check`` answers with a warning when it keeps growing.
 
@@ -300,7 +304,10 @@ class LeakWatch:
         if start is None or not news:
             self._high = now.bytes
             return None
-        now = self._observe(step, collect=True)
+        self._high = now.bytes
+        if not self._collect():  # asked again at the next check
+            return None
+        now = self._observe(step)
         self._high = now.bytes
         if now.bytes < self._run[-2].bytes + MIN_RISE:  # it was garbage
             self._run = [now]
@@ -310,10 +317,19 @@ class LeakWatch:
         self._reported.update(news)
         return _text(start, now) if news else None
 
-    def _observe(self, step: int, collect: bool = False) -> _Observation:
+    def _collect(self) -> bool:
+        """Free reference cycles; False when Python did not, as while another thread is at it."""
         begin = self.clock()
-        if collect:
-            gc.collect()
+        cycle = _Cycle()
+        cycle.itself = cycle
+        alive = ref(cycle)
+        del cycle
+        gc.collect()
+        self.seconds += self.clock() - begin
+        return alive() is None
+
+    def _observe(self, step: int) -> _Observation:
+        begin = self.clock()
         taken = census()
         self._cost = self.clock() - begin
         self.seconds += self._cost
