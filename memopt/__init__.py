@@ -9,6 +9,7 @@ from memopt.memory import MemoryReport, profile
 from memopt.registry import Claim, Context, Pass, available_passes
 from memopt.reports import Report
 from memopt.stage import Stage, StageReport, stage
+from memopt.tasks import Task, TaskConfig
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,8 @@ __all__ = [
     "Report",
     "Stage",
     "StageReport",
+    "Task",
+    "TaskConfig",
     "UnknownPass",
     "__version__",
     "apply",

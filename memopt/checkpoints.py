@@ -132,10 +132,25 @@ def verify(path: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != expected["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-            if _sha256(file) != expected["sha256"]:
+            if sha256(file) != expected["sha256"]:
                 return f"{name} was altered: its checksum differs"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read: {error}"
+    return None
+
+
+def is_one(folder: Path) -> bool:
+    """Whether a folder has the name of a checkpoint, or its manifest."""
+    return _named(folder) or (folder / MANIFEST).is_file()
+
+
+def step_of(digest: str, *places: Path) -> int | None:
+    """The step of a checkpoint that has a file with this SHA-256, one of ``places`` or in one; None if none has."""
+    for folder in (folder for place in places for folder in (place, *reversed(_names(place)))):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            listed = json.loads((folder / MANIFEST).read_text())["files"].values()
+            if any(entry["sha256"] == digest for entry in listed):
+                return int(json.loads((folder / "state.json").read_text())["step"])
     return None
 
 
@@ -193,7 +208,7 @@ def _write(
     torch.save(optimizer.state_dict(), partial / "optimizer.pt")
     (partial / "state.json").write_text(json.dumps(state, indent=1))
     files = sorted(partial.iterdir())
-    manifest = {"files": {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}}
+    manifest = {"files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for file in [*files, partial / MANIFEST, partial]:
         _flush(file)
@@ -207,10 +222,15 @@ def _is_write_error(error: Exception) -> bool:
 
 
 def _names(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name) and p.is_dir())
+    return sorted(filter(_named, folder.glob("step_*")))
 
 
-def _sha256(file: Path) -> str:
+def _named(path: Path) -> bool:
+    return re.fullmatch(r"step_\d{8,}", path.name) is not None and path.is_dir()
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):

@@ -1,10 +1,11 @@
-"""Writing a file for the user: whole or not at all, and nothing but a file is ever replaced."""
+"""Writing for the user: a file whole or not at all, nothing but a file replaced; a folder by one process at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from memopt.errors import InputError
@@ -50,3 +51,20 @@ def write(file: Path, data: str | bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold a folder: the lock goes with the process, however it ends, and its children do not inherit it.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    import fcntl
+
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another run is writing into {folder}: wait for it, or choose another --out") from None
+        yield

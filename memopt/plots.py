@@ -34,7 +34,7 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float], file: Path, *, tit
     axes.set(xlabel="optimizer step", ylabel="loss", title=title)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    _save(figure, file)
+    save(figure, file)
 
 
 def sample_grid(grid: Grid, file: Path) -> None:
@@ -54,7 +54,7 @@ def sample_grid(grid: Grid, file: Path) -> None:
     for c in range(columns):
         axes[0, c].set_title(grid.columns[c], fontsize="small")
     figure.suptitle(grid.title)
-    _save(figure, file)
+    save(figure, file)
 
 
 def pareto(found: Ablation, file: Path) -> None:
@@ -129,7 +129,7 @@ def pareto(found: Ablation, file: Path) -> None:
     title = found.about.get("subject", "").partition(";")[0]
     figure.suptitle(shorten(title, 110), fontsize=11, parse_math=False, y=1 - 0.2 / inches)
     figure.legend(loc="lower left", fontsize=9, ncols=7, frameon=False, columnspacing=1.2)
-    _save(figure, file)
+    save(figure, file)
 
 
 def _plain_ticks(axis: Any) -> None:
@@ -141,7 +141,7 @@ def _plain_ticks(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _save(figure: object, file: Path) -> None:
+def save(figure: object, file: Path) -> None:
     drawn = BytesIO()
     figure.savefig(drawn, dpi=120, format="png")  # type: ignore[attr-defined]
     files.write(file, drawn.getvalue())

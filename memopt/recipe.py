@@ -7,15 +7,17 @@ with its own fields, and presets are instances with names.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
+import json
 import sys
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,9 @@ from torch.utils.data import Dataset
 
 from memopt.config import build
 from memopt.errors import InputError, blaming
+
+if TYPE_CHECKING:
+    from memopt.tasks import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,8 @@ class Recipe(ABC, Generic[C]):
     name: ClassVar[str]
     presets: Mapping[str, C]
     """Configurations by name; the first is the default."""
+    tasks: Mapping[str, Task[C, Any]] = {}
+    """Further tasks by name, for ``memopt run``."""
 
     @abstractmethod
     def model(self, config: C) -> nn.Module:
@@ -196,6 +203,35 @@ def configure(recipe: Recipe[C], preset: str | None, values: Mapping[str, Any], 
             raise InputError(f"recipe {recipe.name} has no preset {name!r}; presets: {', '.join(recipe.presets)}")
         base = recipe.presets[name]
     return build(type(base), values, what=f"recipe {recipe.name}", base=base)
+
+
+def run_folder(recipe: Recipe[Any], preset: str | None) -> Path:
+    """Where ``memopt train`` leaves a run of this preset (None: the first), unless told otherwise."""
+    return Path("runs") / f"{recipe.name}-{preset or next(iter(recipe.presets))}"
+
+
+def stored(run: Path, recipe: Recipe[C]) -> tuple[C | None, Path | None]:
+    """The configuration and the data of the run in a folder; Nones if there is none yet.
+
+    Raises:
+        InputError: its ``config.json`` cannot be read, or it is a run of another recipe.
+    """
+    file = run / "config.json"
+    if not file.exists():
+        return None, None
+    kind = type(next(iter(recipe.presets.values())))
+    known = {field.name for field in dataclasses.fields(kind)}
+    try:
+        described = json.loads(file.read_text())
+        name, data = described["recipe"], described.get("data")
+        values = {k: v for k, v in described["config"].items() if k in known}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{file} cannot be read ({error}); move it away and give the run's settings again, or choose another folder"
+        ) from None
+    if name != recipe.name:
+        raise InputError(f"{run} is a run of recipe {name!r}, not of {recipe.name!r}")
+    return build(kind, values, what=str(file)), None if data is None else Path(data)
 
 
 def parse_passes(texts: tuple[str, ...]) -> list[dict[str, dict[str, str]]]:

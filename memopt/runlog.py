@@ -15,9 +15,27 @@ import torch
 from memopt.checkpoints import write_text
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
     from memopt.training import Trainer
 
 GIB = 1 << 30
+
+
+def bar(console: Console) -> Progress:
+    """Progress bars, whose tasks have a ``status``; nothing where there is no terminal to draw them on."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console.quiet or not console.is_terminal,
+    )
 
 
 class RunLog:
@@ -30,22 +48,13 @@ class RunLog:
 
     def __init__(self, out: Path, steps: int, *, main: bool) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.out, self.steps, self.main = out, steps, main
         self.recorded: list[int] = []
         """Steps whose losses are in ``losses``."""
         self.losses: list[float] = []
         self._console = Console(quiet=not main, soft_wrap=True)
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not (main and self._console.is_terminal),
-        )
+        self._progress = bar(self._console)
         self._task = self._progress.add_task("training", total=steps, status="")
         self._board: Any = None
         self._metrics: Any = None

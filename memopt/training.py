@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -32,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from memopt import checkpoints, core, plots
+from memopt import checkpoints, core, files, plots
 from memopt.errors import InputError, MemoptError, blaming
 from memopt.memory.leaks import LeakWatch
 from memopt.passes import OptimizerInBackward
@@ -54,6 +53,14 @@ class Result:
 def seed_for(*parts: object) -> int:
     """A 32-bit seed from anything with a stable text form."""
     return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:4], "little")
+
+
+def make_accelerator() -> Any:
+    """accelerate's Accelerator: the device, and the other processes if torchrun started several."""
+    from accelerate import Accelerator
+
+    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return Accelerator(cpu=not accelerated, step_scheduler_with_optimizer=False)
 
 
 class Batches(Sampler[list[int]]):
@@ -88,11 +95,9 @@ class Trainer:
     """One run. ``train`` below drives it; its parts are methods so that tests can look at gradients."""
 
     def __init__(self, recipe: Recipe[Any], config: TrainConfig, *, data: Path | None, cache: Path) -> None:
-        from accelerate import Accelerator
         from accelerate.utils import set_seed
 
-        accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
-        self.accelerator = Accelerator(cpu=not accelerated, step_scheduler_with_optimizer=False)
+        self.accelerator = make_accelerator()
         self.recipe, self.config = recipe, config
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         if config.batch_size % self.world:
@@ -324,23 +329,12 @@ def train(
         raise InputError(f"cannot write the run folder {out}: {error}. Choose another --out") from None
     trainer = Trainer(recipe, config, data=data, cache=cache)
     try:
-        with _only_one(out) if trainer.is_main else contextlib.nullcontext():
+        with files.only_one(out) if trainer.is_main else contextlib.nullcontext():
             return _run(trainer, out, resume, data)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         raise MemoptError(f"cannot write in {out}: {error}. The checkpoints in it are untouched.") from error
-
-
-@contextlib.contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Hold the run folder: the lock goes with the process, however it ends, and its children do not inherit it."""
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another run is writing into {out}: wait for it, or choose another --out") from None
-        yield
 
 
 def _same_data(trainer: Trainer, out: Path) -> None:

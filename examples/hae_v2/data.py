@@ -79,8 +79,12 @@ def _file(folder: Path, kind: str) -> Path:
     return folder / f"{folder.name}_{kind}.nii.gz"
 
 
-def _read(path: Path) -> NDArray[Any]:
-    """The voxels [X, Y, Z] of one file, checked."""
+SPACING = 1.0
+"""Millimetres between voxels along each axis."""
+
+
+def read_volume(path: Path) -> tuple[NDArray[Any], Any]:
+    """The voxels [X, Y, Z] of one file, checked, and nibabel's header of it."""
     from nibabel import Nifti1Image
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
@@ -89,23 +93,30 @@ def _read(path: Path) -> NDArray[Any]:
     try:
         # Through gzip as a whole, which checks the file's checksum; nibabel alone reads damaged voxels without a word.
         data = gzip.decompress(path.read_bytes())
-        volume: NDArray[Any] = np.asanyarray(Nifti1Image.from_bytes(data).dataobj)
+        image = Nifti1Image.from_bytes(data)
+        volume: NDArray[Any] = np.asanyarray(image.dataobj)
     except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError, WrapStructError) as error:
         raise InputError(f"{path} cannot be read as a NIfTI volume ({error}): fetch this file again") from error
     if volume.ndim != 3:
         raise InputError(f"{path} has shape {volume.shape}, expected three dimensions (BraTS: 240 x 240 x 155)")
+    spacing = [float(s) for s in image.header.get_zooms()]
+    if not np.allclose(spacing, SPACING, atol=0.01):
+        raise InputError(
+            f"{path} has voxels of {' x '.join(f'{s:g}' for s in spacing)} mm, expected {SPACING:g} mm along each axis "
+            "as in BraTS, whose size the model's pixels have: resample the patient's files"
+        )
     if volume.dtype.kind not in "iuf":
         raise InputError(f"{path} holds values of type {volume.dtype}, expected plain numbers: convert the file")
     if volume.dtype.kind == "f" and (bad := int((~np.isfinite(volume)).sum())):
         raise InputError(
             f"{path} holds {bad} voxels that are NaN or inf: repair the file or remove the patient's folder"
         )
-    return volume
+    return volume, image.header
 
 
 def _read_patient(folder: Path, image_size: int) -> tuple[list[NDArray[Any]], NDArray[Any]]:
     """The modalities, divided by their 99th percentiles, float32 [X, Y, Z] each, and the lesion, bool [X, Y, Z]."""
-    seg = _read(_file(folder, "seg"))
+    seg, header = read_volume(_file(folder, "seg"))
     wrong = seg[(seg < 0) | (seg > 4) | (seg != np.floor(seg))]
     if wrong.size:
         raise InputError(
@@ -119,11 +130,16 @@ def _read_patient(folder: Path, image_size: int) -> tuple[list[NDArray[Any]], ND
         )
     images = []
     for kind in MODALITIES:
-        volume = _read(_file(folder, kind))
+        volume, its = read_volume(_file(folder, kind))
         if volume.shape != seg.shape:
             raise InputError(
                 f"{_file(folder, kind)} has shape {volume.shape}, but {_file(folder, 'seg').name} has {seg.shape}: "
                 "all files of a patient must have one shape"
+            )
+        if not np.allclose(its.get_best_affine(), header.get_best_affine(), atol=0.01):
+            raise InputError(
+                f"{_file(folder, kind)} lies elsewhere in space than {_file(folder, 'seg').name} (affines differ): "
+                "register the patient's files to one another"
             )
         voxels = volume[volume != 0]
         scale = float(np.percentile(voxels, 99)) if voxels.size else 0.0
@@ -188,12 +204,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _read_index(folder: Path) -> dict[str, Any] | None:
-    """What `index.json` says; None where there is none, {} where it cannot be understood."""
+def read_index(folder: Path) -> dict[str, Any]:
+    """What `index.json` of a prepared folder says: {} where it is missing or cannot be understood."""
     try:
         index = json.loads((folder / "index.json").read_text())
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError):
         return {}
     return index if isinstance(index, dict) else {}
@@ -218,10 +232,11 @@ def prepare(
         raise InputError(f"image size {image_size}: give a positive number of pixels")
     folders = find_patients(source)
     config = _config(source, folders, image_size, seed, min_brain)
-    index = _read_index(destination)
-    if index is None and destination.exists() and any(destination.iterdir()):
+    index = read_index(destination)
+    made = (destination / "index.json").exists()
+    if not made and destination.exists() and any(destination.iterdir()):
         raise InputError(f"{destination} is not empty and holds no prepared slices: choose another folder for them")
-    if index is None or index.get("config") != config:
+    if index.get("config") != config:
         for split in SPLITS:
             shutil.rmtree(destination / split, ignore_errors=True)
     elif index.get("complete"):
@@ -271,14 +286,15 @@ class SliceDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __init__(self, root: Path | str, split: str) -> None:
         root = Path(root)
-        index = _read_index(root)
-        if not index or not index.get("complete") or index["config"]["format"] != FORMAT:
+        index = read_index(root)
+        if not index.get("complete") or index["config"]["format"] != FORMAT:
             raise InputError(f"{root} holds no finished prepared slices of format {FORMAT}: prepare them again")
         if split not in SPLITS:
             raise InputError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
         counts: dict[str, int] = index["slices"][split]
         if not counts:
             raise InputError(f"split {split!r} of {root} has no patients: with fewer than 3 not every split gets one")
+        self.split = split
         self.patients = list(counts)
         size, total = index["config"]["image_size"], sum(counts.values())
         # Filled patient by patient: never more than one patient is in memory twice.

@@ -7,6 +7,7 @@ class y and eps_0 the one without a condition. Both come from one call of the mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -58,6 +59,16 @@ class Diffusion:
             labels: classes [N], None for a model without classes (both results are then its prediction).
             guidance: w, one for all samples or [N].
         """
+        eps_y, eps_0 = self.predict_both(model, x, timesteps, labels)
+        if labels is None:
+            return eps_0, eps_0
+        w = torch.as_tensor(guidance, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
+        return guide(eps_y, eps_0, w), eps_0
+
+    def predict_both(
+        self, model: nn.Module, x: Tensor, timesteps: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Noise in x [N, C, H, W] for the classes `labels` [N] and without a condition, from one call of the model."""
         if labels is None:
             eps = model(x, timesteps)
             return eps, eps
@@ -65,8 +76,21 @@ class Diffusion:
         null = torch.arange(2 * n, device=x.device) >= n
         both = model(torch.cat([x, x]), torch.cat([timesteps, timesteps]), labels.repeat(2), null=null, clf_free=True)
         eps_y, eps_0 = both.chunk(2)
-        w = torch.as_tensor(guidance, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
-        return (1 + w) * eps_y - w * eps_0, eps_0
+        return eps_y, eps_0
+
+    def signal(self, timestep: int) -> float:
+        """Share of the variance that is still the image's at a timestep (alpha bar in DDPM)."""
+        return float(self.scheduler.alphas_cumprod[timestep])
+
+    def image(self, x: Tensor, timestep: int, eps: Tensor) -> Tensor:
+        """The image x_0 that x_t [N, C, H, W] is, if eps is its noise (equation 12 of DDIM, first term)."""
+        signal = self.signal(timestep)
+        return (x - math.sqrt(1 - signal) * eps) / math.sqrt(signal)
+
+    def move(self, x: Tensor, timestep: int, eps: Tensor, to: int) -> Tensor:
+        """x at timestep `to`, by the deterministic step of DDIM in either direction (equation 12 with sigma = 0)."""
+        signal = self.signal(to)
+        return math.sqrt(signal) * self.image(x, timestep, eps) + math.sqrt(1 - signal) * eps
 
     @torch.no_grad()
     def sample(
@@ -135,6 +159,11 @@ class Diffusion:
         )
         scheduler.set_timesteps(steps)
         return scheduler
+
+
+def guide(eps_y: Tensor, eps_0: Tensor, w: Tensor | float) -> Tensor:
+    """Classifier-free guidance of strength w: 0 is the prediction for the class itself."""
+    return (1 + w) * eps_y - w * eps_0
 
 
 @contextmanager

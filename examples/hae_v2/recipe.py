@@ -6,6 +6,7 @@ Without ``--data`` it trains on simulated patients (see simulate.py); with it, o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .data import SliceDataset, ensure_data
 from .diffusion import Diffusion
 from .model import HAEUNetModelV2
 from .simulate import MODALITIES
+from .tasks import Sample, Translate
 
 CLASSES = ("healthy", "lesion")
 
@@ -59,6 +61,10 @@ class HAEConfig(TrainConfig):
     """How many patients are simulated where no data is given."""
     data_seed: int = 0
     """Determines the simulated patients and the split into training, validation and test."""
+    translate_steps: int = 600
+    """Calls of the model in a translation, spread over the first 600 timesteps."""
+    translate_passes: tuple[str, ...] = ("outer_product", "inference_mode")
+    """memopt passes of a translation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,6 +75,7 @@ class HAEConfig(TrainConfig):
             "sample_steps must be at least 1": self.sample_steps >= 1,
             "patients must be at least 3, one for each split": self.patients >= 3,
             "data_seed must not be negative": self.data_seed >= 0,
+            "translate_steps must be between 1 and 600": 1 <= self.translate_steps <= 600,
             "drop_condition must be in [0, 1]": 0 <= self.drop_condition <= 1,
             "sample_eta must be in [0, 1]": 0 <= self.sample_eta <= 1,
             "guidance needs at least one number, and finite ones": bool(self.guidance)
@@ -88,6 +95,7 @@ class HAE(Recipe[HAEConfig]):
     """
 
     name = "hae_v2"
+    tasks = {task.name: task for task in (Translate(), Sample())}
     presets = {
         "quickstart": HAEConfig(
             image_size=32,
@@ -107,6 +115,7 @@ class HAE(Recipe[HAEConfig]):
             save_every=250,
             num_workers=0,
             passes=("outer_product",),
+            translate_steps=50,
         ),
         "brats128": HAEConfig(
             steps=100_000,
@@ -117,6 +126,8 @@ class HAE(Recipe[HAEConfig]):
             sample_steps=250,
             num_workers=4,
             passes=("outer_product",),
+            # A batch of 20 slices, 40 with both conditions, in four parts.
+            translate_passes=("outer_product", "inference_mode", "grad_accumulation:parts=4"),
         ),
     }
 
@@ -184,10 +195,20 @@ class HAE(Recipe[HAEConfig]):
 
     def sample(self, config: HAEConfig, model: nn.Module, generator: torch.Generator) -> Grid:
         """Two healthy and two diseased samples for each guidance strength, from the same noise in every row."""
+        return self.grid(config, model, generator, 2)
+
+    def grid(
+        self,
+        config: HAEConfig,
+        model: nn.Module,
+        generator: torch.Generator,
+        columns: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Grid:
+        """`columns` samples of each class for each guidance strength, from the same noise in every row."""
         device = next(model.parameters()).device
         size, rows = config.image_size, len(config.guidance)
-        labels = torch.tensor([0, 0, 1, 1]).clamp(max=config.num_classes - 1)
-        columns = len(labels)
+        labels = torch.arange(len(CLASSES)).repeat_interleave(columns).clamp(max=config.num_classes - 1)
         state = generator.get_state()
         images = []
         for guidance in config.guidance:
@@ -199,13 +220,14 @@ class HAE(Recipe[HAEConfig]):
                     guidance,
                     min(config.sample_steps, config.diffusion_steps),
                     eta=config.sample_eta,
-                    shape=(columns, len(MODALITIES), size, size),
+                    shape=(len(labels), len(MODALITIES), size, size),
                     generator=generator,
                     device=device,
+                    progress=progress,
                 )
             )
         # The four modalities of a sample stand side by side in its picture.
-        picture = torch.stack(images).permute(0, 1, 3, 2, 4).reshape(rows, columns, size, len(MODALITIES) * size)
+        picture = torch.stack(images).permute(0, 1, 3, 2, 4).reshape(rows, len(labels), size, len(MODALITIES) * size)
         modalities = " ".join(MODALITIES)
         return Grid(
             picture,

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 from memopt.cli.options import add_data, add_preset, add_settings, path, settings
-from memopt.errors import InputError
 
 EXAMPLES = """\
 examples:
@@ -48,31 +44,11 @@ def add(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Carry it out."""
-    from memopt.recipe import configure, load_recipe
+    from memopt.recipe import configure, load_recipe, run_folder, stored
     from memopt.training import train
 
     recipe = load_recipe(options.recipe)
-    out = options.out or Path("runs") / f"{recipe.name}-{options.preset or next(iter(recipe.presets))}"
-    base, data = _stored(out, recipe) if options.resume else (None, None)
+    out = options.out or run_folder(recipe, options.preset)
+    base, data = stored(out, recipe) if options.resume else (None, None)
     config = configure(recipe, options.preset, settings(options), base)
     train(recipe, config, out=out, data=options.data or data, cache=options.cache, resume=options.resume)
-
-
-def _stored(out: Path, recipe: Any) -> tuple[Any, Path | None]:
-    """The configuration and the data of the run in ``out``; Nones if there is none yet."""
-    from memopt.config import build
-
-    file = out / "config.json"
-    if not file.exists():
-        return None, None
-    kind = type(next(iter(recipe.presets.values())))
-    known = {field.name for field in dataclasses.fields(kind)}
-    try:
-        stored = json.loads(file.read_text())
-        name, data = stored["recipe"], stored.get("data")
-        values = {k: v for k, v in stored["config"].items() if k in known}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} cannot be read ({error}); give the run's settings again with another --out") from None
-    if name != recipe.name:
-        raise InputError(f"{out} is a run of recipe {name!r}, not of {recipe.name!r}")
-    return build(kind, values, what=str(file)), None if data is None else Path(data)
