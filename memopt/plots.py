@@ -142,6 +142,7 @@ def _plain_ticks(axis: Any) -> None:
 
 
 def save(figure: object, file: Path) -> None:
+    """Write a figure of matplotlib's as PNG."""
     drawn = BytesIO()
     figure.savefig(drawn, dpi=120, format="png")  # type: ignore[attr-defined]
     files.write(file, drawn.getvalue())
