@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,10 @@ class Batches:
         """The slices of a batch."""
         return range(number * self.batch, min(self.size, (number + 1) * self.batch))
 
-    def missing(self) -> list[int]:
-        """Batches that are not there, or not whole."""
-        return [number for number in range(len(self)) if not self._whole(number)]
+    def missing(self, needed: Iterable[str] = ()) -> list[int]:
+        """Batches that are not there, or not whole, or lack one of the arrays needed."""
+        names = set(needed)
+        return [number for number in range(len(self)) if not self._whole(number, names)]
 
     def write(self, number: int, arrays: Arrays) -> None:
         """Keep the arrays of a batch, in one step."""
@@ -87,12 +89,12 @@ class Batches:
     def _file(self, number: int) -> Path:
         return self.folder / f"batch_{number:05d}.safetensors"
 
-    def _whole(self, number: int) -> bool:
+    def _whole(self, number: int, names: set[str]) -> bool:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self._file(number), framework="np"):  # compares the file's length with its header's
-                return True
+            with safe_open(self._file(number), framework="np") as stored:  # compares its length with its header's
+                return names <= set(stored.keys())
         except (OSError, SafetensorError):
             return False
 

@@ -119,7 +119,7 @@ def _bare(axis: Any, title: str) -> None:
 
 def _grey(axis: Any, image: NDArray[Any], title: str) -> None:
     _bare(axis, title)
-    axis.imshow(image.astype(np.float32), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    axis.imshow(image.astype(np.float32), cmap="gray", vmin=0, interpolation="nearest")
 
 
 def _overlay(axis: Any, pixels: NDArray[np.bool_], colour: str, alpha: float) -> None:

@@ -208,14 +208,14 @@ class _Translation:
         split = _Split(SliceDataset(self.root, "val"))
         slices = split.slices
         choose_threshold(slices.labels.astype(np.float32), slices.labels)  # both kinds are there, before the work
-        batches = self.translate(split, options.strengths, "val")
+        batches = self.translate(split, options.strengths, "validation")  # apart from the split val, with one strength
         scores, peaks = batches.joined("score", 1), batches.joined("peak", 1)
         found = [choose_threshold(score, slices.labels) for score in scores]
         best = max(range(len(found)), key=lambda i: (found[i].auroc, found[i].margin))
         guidance = options.strengths[best]
         baselines = {}
         if options.baselines:
-            maps = self.decode(split, batches, best, guidance, "val").joined("map")
+            maps = self.decode(split, batches, best, guidance, "validation").joined("map")
             baselines = {DDIB: _cut(maps, slices).value, FLAIR: _cut(_flair(slices), slices).value}
         chosen = Calibration(
             guidance=guidance,
@@ -249,7 +249,8 @@ class _Translation:
             )
             return _arrays(batch, keep_encoded=self.options.baselines)
 
-        return self._work(split, name, {"strengths": strengths}, compute, f"translating {name}")
+        needed = ["encoded"] if self.options.baselines else []
+        return self._work(split, name, {"strengths": strengths}, compute, f"translating {name}", needed)
 
     def decode(self, split: _Split, encoded: Batches, strength: int, guidance: float, name: str) -> Batches:
         """The maps of the reconstruction baseline."""
@@ -272,11 +273,12 @@ class _Translation:
         more: dict[str, Any],
         compute: Callable[[range, Callable[[int, int], None]], Arrays],
         what: str,
+        needed: Iterable[str] = (),
     ) -> Batches:
         job = self.job
         batches = Batches(job.out / "batches" / name, len(split.slices), self.options.batch_size, self._settings(more))
         rank, world = job.accelerator.process_index, job.accelerator.num_processes
-        missing = batches.missing()
+        missing = batches.missing(needed)
         job.accelerator.wait_for_everyone()  # all have seen what is missing before the first writes
         mine = [number for number in missing if number % world == rank]
         with job.track(what, len(mine) * self.options.steps) as advance:
