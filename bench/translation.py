@@ -73,7 +73,9 @@ def memory() -> None:
     print(f"{'passes':<72} {'GiB':>6} {'of plain':>9} {'of plain at 10':>15}")
     for row in ROWS:
         found = peak(row, 20) if row else plain[20]
-        print(f"{row or 'none':<72} {found / 2**30:6.2f} {found / plain[20]:9.3f} {found / plain[10]:15.3f}", flush=True)
+        print(
+            f"{row or 'none':<72} {found / 2**30:6.2f} {found / plain[20]:9.3f} {found / plain[10]:15.3f}", flush=True
+        )
 
 
 def times(slices: int = 20, rounds: int = 7) -> None:

@@ -62,7 +62,7 @@ def fake_slurm(folder):
     folder.mkdir()
     commands = {
         "srun": f'echo "$@" >> "{folder}/srun.txt"\nexec "$@"\n',
-        "scontrol": '[ "$*" = "show hostnames node[1-2]" ] || exit 9\necho localhost\necho node2\n',
+        "scontrol": '[ "$*" = "show hostnames node[1-2]" ] || exit 9\necho localhost\nsleep 0.3\necho node2\n',
     }
     for name, text in commands.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}")
@@ -101,7 +101,6 @@ def test_the_scripts_for_one_machine(raw, tmp_path):
     more = ["--cache", cache, "--steps", "2", "--guidance", "2"]
     translated = launch(LAUNCH / "translate.sh", run, *more, BATCH="3", PORT=free_port(), **values)
     check(run, trained, translated)
-    assert "examples/hae_v2" not in str(Path.cwd())
 
 
 def test_the_scripts_for_a_cluster(raw, tmp_path):

@@ -114,7 +114,7 @@ def test_validation_chooses(place):
     assert (scores[0] != scores[-1]).any()
     best = max(by_strength, key=lambda w: (by_strength[w].auroc, by_strength[w].margin))
     assert chosen["guidance"] == best
-    assert chosen["threshold"] == by_strength[best].value > 0
+    assert chosen["threshold"] == by_strength[best].value
     assert chosen["largest"] == peaks[GRID.index(best)].max() > 0
     assert chosen["baselines"].keys() == {"FLAIR intensity", "reconstruction (DDIB)"}
     assert 0.4 < chosen["baselines"]["FLAIR intensity"] < 1  # healthy tissue is below 0.45 of the lesions
@@ -334,14 +334,18 @@ def test_noise_depends_on_the_slice_alone(place, run, findings, tmp_path):
     assert len(np.unique(noise.round(5), axis=0)) == len(TEST)
 
 
-def test_the_validation_split_can_be_shown_itself(place, run, findings):
+def test_the_validation_split_can_be_shown_itself(place, run, findings, tmp_path):
     out = translate(place, run, "--split", "val", *QUICK)
-    (seen,) = findings
+    best = GRID.index(choices(run)["chosen"]["guidance"])
+    for w in (GRID[0], GRID[-1]):
+        translate(place, run, "--split", "val", "--guidance", w, *QUICK, "--out", tmp_path / f"{w}")
+    seen, weakest, strongest = findings
     assert (seen.slices.split, list(seen.slices.patients)) == ("val", names("val"))
     validation = [load_file(f) for f in sorted((out / "batches" / "validation").glob("*.safetensors"))]
     scores = np.concatenate([batch["score"] for batch in validation], axis=1)
-    best = GRID.index(choices(run)["chosen"]["guidance"])
-    assert np.array_equal(seen.ours.scores, scores[best])
+    for found, expected in ((seen, scores[best]), (weakest, scores[0]), (strongest, scores[-1])):
+        assert np.array_equal(found.ours.scores, expected)
+    assert not np.array_equal(scores[0], scores[-1])
     assert 0 < seen.ours.unhealthy.sum() < SHAPE[2]
     assert seen.ours.masks.any()
     assert not seen.ours.masks[~seen.ours.unhealthy].any()

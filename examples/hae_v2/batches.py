@@ -49,6 +49,8 @@ class Batches:
                 f"{folder} holds the batches of a run with other settings ({'; '.join(other) or 'unreadable'}): "
                 "remove it, or choose another --out"
             )
+        for left_over in folder.glob(".partial-batch*"):  # by a process that was killed; the folder is this run's alone
+            left_over.unlink(missing_ok=True)
         if before is None:
             folder.mkdir(parents=True, exist_ok=True)
             _replace(file, json.dumps(settings, indent=1).encode())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ class TranslateConfig(Algorithm, TaskConfig):
         known = ", ".join(MODALITIES)
         checks = {
             "batch_size must be at least 1": self.batch_size >= 1,
-            "grid needs at least one number": bool(self.grid),
+            "grid needs at least one number, and finite ones": bool(self.grid) and all(map(math.isfinite, self.grid)),
+            "guidance must be auto or a finite number": self.guidance == "auto" or math.isfinite(self.guidance),
             f"modalities must be some of {known}": bool(self.modalities) and set(self.modalities) <= set(MODALITIES),
         }
         for message, holds in checks.items():
@@ -185,14 +187,10 @@ class _Translation:
     def run(self) -> None:
         job, options = self.job, self.options
         target = _Split(SliceDataset(self.root, options.split))
-        if options.nifti:
-            from .volumes import check_source
-
-            check_source(self.source, target.slices)
         _check_trained(job, target.dataset, self.diffusion)
         chosen = self.calibrate()
         batches = self.translate(target, (chosen.guidance,), options.split)
-        decoded = self.decode(target, batches, 0, chosen.guidance, options.split) if options.baselines else None
+        decoded = self.decode(target, batches, chosen.guidance, options.split) if options.baselines else None
         if job.is_main:
             self.finish(target.slices, batches, decoded, chosen)
 
@@ -215,7 +213,7 @@ class _Translation:
         guidance = options.strengths[best]
         baselines = {}
         if options.baselines:
-            maps = self.decode(split, batches, best, guidance, "validation").joined("map")
+            maps = self.decode(split, batches, guidance, "validation").joined("map")
             baselines = {DDIB: _cut(maps, slices).value, FLAIR: _cut(_flair(slices), slices).value}
         chosen = Calibration(
             guidance=guidance,
@@ -252,7 +250,7 @@ class _Translation:
         needed = ["encoded"] if self.options.baselines else []
         return self._work(split, name, {"strengths": strengths}, compute, f"translating {name}", needed)
 
-    def decode(self, split: _Split, encoded: Batches, strength: int, guidance: float, name: str) -> Batches:
+    def decode(self, split: _Split, encoded: Batches, guidance: float, name: str) -> Batches:
         """The maps of the reconstruction baseline."""
 
         def compute(rows: range, step: Callable[[int, int], None]) -> Arrays:

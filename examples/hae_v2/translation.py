@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -149,7 +149,7 @@ class Evidence:
         end = difference.argmax(axis=1)
         return Translated(
             map=smooth(self._map.mean(dim=1).float().cpu().numpy()),
-            score=1 - _cosine(healthy.mean(axis=2), null.mean(axis=2)),
+            score=_unlike(healthy.mean(axis=2), null.mean(axis=2)),
             peak=difference.max(axis=1).mean(axis=1),
             end=end,
             difference=difference,
@@ -165,12 +165,12 @@ def smooth(maps: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(median_filter(maps, size=(1, 5, 5)))
 
 
-def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[N] of the rows of two [N, F]."""
-    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
-    norms = np.linalg.norm(wide_a, axis=1) * np.linalg.norm(wide_b, axis=1)
-    cosine = (wide_a * wide_b).sum(axis=1) / np.where(norms > 0, norms, 1)
-    return np.asarray(np.where(norms > 0, cosine, 1.0), dtype=np.float32)
+def _unlike(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float32]:
+    """[N] 1 minus the cosine of the rows of two [N, F], in float64 up to the difference; 0 where a row is zero."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    found = np.where(norms > 0, 1 - (a * b).sum(axis=1) / np.where(norms > 0, norms, 1), 0)
+    return np.asarray(found, dtype=np.float32)
 
 
 @dataclass(frozen=True)

@@ -11,27 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memopt.errors import InputError
-
 from .data import read_volume
 from .results import Method, Slices
-
-
-def check_source(source: Path, slices: Slices) -> None:
-    """Raises InputError if the volumes that the slices were prepared from are gone."""
-    for name in slices.patients:
-        if not (file := _reference(source, name)).is_file():
-            raise InputError(
-                f"{file} is gone, whose space the masks of {name} are to be written in: put the data back, or leave "
-                "the volumes out (--nifti false)"
-            )
 
 
 def write_volumes(folder: Path, slices: Slices, method: Method, source: Path) -> list[Path]:
     """Write `PATIENT_mask.nii.gz` (0 or 1) and `PATIENT_map.nii.gz` for each patient of a split.
 
-    Slices are resized from the model's pixels to the volume's (bilinearly, masks at 0.5) and turned back; slices that
-    the model has not seen are zero. Shape, affine and units are those of the patient's FLAIR file in `source`.
+    Slices are resized from the model's pixels to the volume's (maps bilinearly, masks to the nearest) and turned back;
+    slices that the model has not seen are zero. Shape, affine and units are those of the patient's FLAIR file in
+    `source`.
     """
     import nibabel
 
@@ -41,11 +30,11 @@ def write_volumes(folder: Path, slices: Slices, method: Method, source: Path) ->
         rows = np.flatnonzero(slices.patient == number)
         voxels, header = read_volume(_reference(source, name))
         shape, at = voxels.shape, slices.slices[rows]
-        mask = _back(method.masks[rows], at, shape) > 0.5
-        for kind, values, dtype in (
-            ("mask", mask, np.uint8),
-            ("map", _back(method.maps[rows], at, shape), np.float32),
+        for kind, planes, mode, dtype in (
+            ("mask", method.masks, "nearest-exact", np.uint8),
+            ("map", method.maps, "bilinear", np.float32),
         ):
+            values = _back(planes[rows], at, shape, mode)
             own = header.copy()
             own.set_data_dtype(dtype)
             own["scl_slope"], own["scl_inter"], own["cal_max"], own["cal_min"] = 1, 0, 0, 0
@@ -62,10 +51,10 @@ def _reference(source: Path, name: str) -> Path:
     return source / name / f"{name}_flair.nii.gz"
 
 
-def _back(planes: NDArray[Any], at: NDArray[np.int64], shape: tuple[int, ...]) -> NDArray[np.float32]:
+def _back(planes: NDArray[Any], at: NDArray[np.int64], shape: tuple[int, ...], mode: str) -> NDArray[np.float32]:
     """Planes [N, H, W], rows along Y, as a volume [X, Y, Z] with zeros where there is none."""
     stack = torch.from_numpy(planes.astype(np.float32))[:, None]
-    resized = torch.nn.functional.interpolate(stack, (shape[1], shape[0]), mode="bilinear", align_corners=False)
+    resized = torch.nn.functional.interpolate(stack, (shape[1], shape[0]), mode=mode)
     volume = np.zeros(shape, np.float32)
     volume[:, :, at] = resized[:, 0].numpy().transpose(2, 1, 0)
     return volume
