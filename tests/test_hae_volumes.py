@@ -11,7 +11,6 @@ from examples.hae_v2.data import SliceDataset, prepare
 from examples.hae_v2.results import Method, Slices
 from examples.hae_v2.simulate import MODALITIES
 from examples.hae_v2.volumes import write_volumes
-from memopt.errors import InputError
 
 NAMES = tuple(f"BraTS2021_{number:05d}" for number in (3, 7, 11, 12, 20))
 SEEN = slice(1, 6)
