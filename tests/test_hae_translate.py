@@ -16,6 +16,7 @@ from matplotlib.image import imread
 from safetensors.numpy import load_file
 
 from examples.hae_v2.evaluate import choose_threshold
+from examples.hae_v2.translation import judge
 from memopt.cli import main
 from memopt.recipe import load_recipe
 from tests.hae_runs import (
@@ -34,7 +35,7 @@ from tests.hae_runs import (
 from tests.test_cli import fails
 
 QUICK = ["--baselines", "false", "--nifti", "false"]
-STEPS, BATCH, GRID = 3, 4, (0.5, 1.0, 2.0, 3.0, 5.0)
+STEPS, BATCH, GRID, SCORES = 3, 4, (0.5, 1.0, 2.0, 3.0, 5.0, 10.0), ("cosine", "ratio")
 TEST = [(name, z) for name in names("test") for z in range(SHAPE[2])]
 BATCHES = -(-len(TEST) // BATCH)
 RESULTS = ["batches/*/*", "metrics.csv", "metrics.md", "slices.csv", "figures/*", "nifti/*"]
@@ -107,15 +108,18 @@ def test_validation_chooses(place):
     assert settings["weights"] == hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
     assert (settings["strengths"], settings["steps"], settings["batch_size"]) == (list(GRID), STEPS, BATCH)
     batches = [load_file(f) for f in sorted((run / "translate" / "batches" / "validation").glob("*.safetensors"))]
-    scores, peaks = (np.concatenate([batch[name] for batch in batches], axis=1) for name in ("score", "peak"))
+    healthy, null, peaks = (
+        np.concatenate([batch[name] for batch in batches], axis=1) for name in ("healthy", "null", "peak")
+    )
+    scores = {(name, w): judge(healthy[i], null[i], name) for name in SCORES for i, w in enumerate(GRID)}
     labels = np.array([z in range(*LESION) for _ in names("val") for z in range(SHAPE[2])])
-    by_strength = {w: choose_threshold(score, labels) for w, score in zip(GRID, scores, strict=True)}
-    assert chosen["auroc"] == {f"{w:g}": threshold.auroc for w, threshold in by_strength.items()}
-    assert (scores[0] != scores[-1]).any()
-    best = max(by_strength, key=lambda w: (by_strength[w].auroc, by_strength[w].margin))
-    assert chosen["guidance"] == best
-    assert chosen["threshold"] == by_strength[best].value
-    assert chosen["largest"] == peaks[GRID.index(best)].max() > 0
+    tried = {key: choose_threshold(score, labels) for key, score in scores.items()}
+    assert chosen["auroc"] == {f"{name}, w = {w:g}": threshold.auroc for (name, w), threshold in tried.items()}
+    assert len({score.tobytes() for score in scores.values()}) == len(scores)
+    best = max(tried, key=lambda key: (tried[key].auroc, tried[key].margin))
+    assert (chosen["score"], chosen["guidance"]) == best
+    assert chosen["threshold"] == tried[best].value
+    assert chosen["largest"] == peaks[GRID.index(best[1])].max() > 0
     assert chosen["baselines"].keys() == {"FLAIR intensity", "reconstruction (DDIB)"}
     assert 0.4 < chosen["baselines"]["FLAIR intensity"] < 1  # healthy tissue is below 0.45 of the lesions
 
@@ -126,12 +130,13 @@ def test_the_figures_are_those_of_the_slices(place):
     assert found["difference"].shape == (len(TEST), STEPS, 2)
     lines = table(out / "slices.csv")
     assert [(line["patient"], int(line["slice"])) for line in lines] == TEST
-    for line, (_, z), score, peak in zip(lines, TEST, found["score"], found["peak"], strict=True):
+    scores = judge(found["healthy"], found["null"], chosen["score"])
+    for line, (_, z), score, peak in zip(lines, TEST, scores, found["peak"], strict=True):
         assert line["label"] == ("unhealthy" if z in range(*LESION) else "healthy")
         assert line["verdict"] == ("unhealthy" if score > chosen["threshold"] else "healthy")
         assert float(line["score"]) == pytest.approx(score, rel=1e-6)
         assert float(line["max M"]) == pytest.approx(peak, rel=1e-5)
-        assert {line["end flair"], line["end t2"]} <= {"0", "200", "400"}
+        assert {line["end flair"], line["end t2"]} <= {"0", "114", "229"}
         # 12 x 12 voxels in pixels of 2.5 x 2.5, less what a corner loses
         assert 16 <= float(line["truth pixels"]) <= 25 or line["label"] == "healthy"
         assert (float(line["mask pixels"]) > 0) <= (line["verdict"] == "unhealthy")
@@ -222,7 +227,7 @@ def test_other_settings_need_choices_and_a_folder_of_their_own(place, run, findi
         (["--steps", "2"], r"validation holds the batches of a run with other settings \(steps=3 there, 2 now\): rem"),
         (["--clipping", "dynamic"], r"\(clipping=static there, dynamic now\)"),
         (["--seed", "1", "--batch-size", "5"], r"\(seed=0 there, 1 now; batch_size=4 there, 5 now\)"),
-        (["--guidance", "1.5"], r"\(strengths=\[0.5, 1.0, 2.0, 3.0, 5.0\] there, \[1.5\] now\): .*another --out"),
+        (["--guidance", "1.5"], r"\(strengths=\[0.5, 1.0, 2.0, 3.0, 5.0, 10.0\] there, \[1.5\] now\): .*another --out"),
     ):
         text = fails(capsys, *command(place, run, *more))
         assert re.search(message, text), text
@@ -230,7 +235,9 @@ def test_other_settings_need_choices_and_a_folder_of_their_own(place, run, findi
     translate(place, run, "--steps", "2", *QUICK, "--out", tmp_path / "two")
     text = capsys.readouterr().out
     assert "translating validation 4/4\n" in text
-    assert "validation: AUROC by guidance {'0.5': " in text
+    assert re.search(
+        r"validation: image AUROC \d\.\d{3} with w = [\d.]+ and the score (cosine|ratio), threshold ", text
+    )
     assert choices(run)["settings"]["steps"] == 2
     (run / "translate" / "batches" / "test" / "settings.json").write_text("{")
     (run / "translation.json").write_text("{")
@@ -308,7 +315,10 @@ def test_an_ablation_changes_the_maps(place, run, findings, option):
         assert np.array_equal(changed["map"][first], plain["map"][first])
     (seen,) = findings
     assert str(seen.about[name]).lower() == value
-    assert seen.about["guidance"].startswith(f"w = {chosen:g}, given (validation AUROC by w: {chosen:g}: ")
+    assert seen.about["guidance"] == f"w = {chosen:g}, given"
+    assert re.fullmatch(
+        rf"cosine, w = {chosen:g}: [\d.]+; ratio, w = {chosen:g}: [\d.]+", seen.about["validation AUROC"]
+    )
     assert np.array_equal(seen.ours.maps, changed["map"])
 
 
@@ -342,7 +352,9 @@ def test_the_validation_split_can_be_shown_itself(place, run, findings, tmp_path
     seen, weakest, strongest = findings
     assert (seen.slices.split, list(seen.slices.patients)) == ("val", names("val"))
     validation = [load_file(f) for f in sorted((out / "batches" / "validation").glob("*.safetensors"))]
-    scores = np.concatenate([batch["score"] for batch in validation], axis=1)
+    healthy, null = (np.concatenate([batch[name] for batch in validation], axis=1) for name in ("healthy", "null"))
+    score = choices(run)["chosen"]["score"]
+    scores = [judge(healthy[i], null[i], score) for i in range(len(GRID))]
     for found, expected in ((seen, scores[best]), (weakest, scores[0]), (strongest, scores[-1])):
         assert np.array_equal(found.ours.scores, expected)
     assert not np.array_equal(scores[0], scores[-1])
@@ -355,7 +367,7 @@ def test_strength_and_modalities_can_be_given(place, run, findings):
     out = translate(place, run, "--guidance", "1.5", "--modalities", "t1", *QUICK)
     found = choices(run)
     assert (found["settings"]["strengths"], found["chosen"]["guidance"]) == ([1.5], 1.5)
-    assert found["chosen"]["auroc"].keys() == {"1.5"}
+    assert found["chosen"]["auroc"].keys() == {"cosine, w = 1.5", "ratio, w = 1.5"}
     assert arrays(out, "test")["difference"].shape == (len(TEST), STEPS, 1)
     assert findings[0].curves.modalities == ("t1",)
     assert json.loads((out / "batches" / "test" / "settings.json").read_text())["strengths"] == [1.5]

@@ -12,7 +12,7 @@ from torch import nn
 import memopt
 from examples.hae_v2.diffusion import Diffusion
 from examples.hae_v2.model import HAEUNetModelV2
-from examples.hae_v2.translation import DYNAMIC, Algorithm, reconstruct, segment, translate
+from examples.hae_v2.translation import DYNAMIC, Algorithm, judge, reconstruct, segment, translate
 from memopt.errors import InputError, MemoptError
 
 SIZE, MODALITIES = 16, (0, 3)
@@ -117,9 +117,11 @@ def test_streaming_equals_stacking_bit_for_bit(model, variant, steps):
         assert np.array_equal(got.map, maps)
         assert np.array_equal(got.end, end)
         assert np.array_equal(got.difference, m.transpose(0, 1).numpy())
-        np.testing.assert_allclose(got.score, score, atol=1e-6)
-        masks = segment(got.map, got.score > np.median(got.score), got.peak, float(got.peak.max()))
-        assert np.array_equal(masks, segment(maps, got.score > np.median(got.score), got.peak, float(got.peak.max())))
+        found_score = judge(got.healthy, got.null, "cosine")
+        np.testing.assert_allclose(found_score, score, rtol=1e-4, atol=1e-12)
+        called, peak = found_score > np.median(found_score), m.amax(dim=0).mean(dim=1).numpy()
+        masks = segment(got.map, called, got.peak, float(got.peak.max()))
+        assert np.array_equal(masks, segment(maps, called, peak, float(peak.max())))
 
 
 def test_ends_differ_so_that_snapshots_matter(model):
@@ -223,6 +225,25 @@ def test_a_mask_is_the_quantile_that_validation_scales():
     maps = np.arange(3 * 1000, dtype=np.float32).reshape(3, 20, 50)
     masks = segment(maps, np.array([True, True, False]), np.array([0.0, 9.0, 9.0], np.float32), 3.0)
     assert masks.sum(axis=(1, 2)).tolist() == [20, 100, 0]  # 2% at the least difference, 10% at the largest
+
+
+def test_scores_are_what_they_say():
+    rng = np.random.default_rng(0)
+    healthy, null = (rng.random((5, 9, 2)).astype(np.float32) + 0.1 for _ in range(2))
+    a, b = healthy.astype(np.float64).mean(axis=2), null.astype(np.float64).mean(axis=2)
+    cosine = torch.nn.functional.cosine_similarity(torch.from_numpy(a), torch.from_numpy(b), dim=1).numpy()
+    np.testing.assert_allclose(judge(healthy, null, "cosine"), 1 - cosine, rtol=1e-5)
+    np.testing.assert_allclose(judge(healthy, null, "ratio"), (np.log(a) - np.log(b)).mean(axis=1), rtol=1e-5)
+    assert np.array_equal(judge(null[None], null[None], "ratio"), np.zeros((1, 5)))
+    assert np.array_equal(judge(0 * null, null, "cosine"), np.zeros(5))
+    assert np.array_equal(judge(0 * null, null, "ratio"), np.zeros(5))
+
+
+def test_a_score_is_as_exact_as_small_differences_of_the_sequences():
+    null = np.linspace(1, 2, 50, dtype=np.float32)[None, :, None]
+    healthy = null.copy()
+    healthy[0, 3] *= 1.0001
+    assert 0 < judge(healthy, null, "cosine")[0] < 1e-9
 
 
 def test_bad_input_is_named(model):

@@ -36,7 +36,7 @@ from .diffusion import Diffusion
 from .evaluate import Threshold, by_threshold, choose_threshold, drop_small, evaluate, map_scores
 from .results import Curves, Findings, Method, Slices
 from .simulate import MODALITIES
-from .translation import Algorithm, Batch, reconstruct, segment, smooth, translate
+from .translation import Algorithm, Batch, Score, judge, reconstruct, segment, smooth, translate
 
 if TYPE_CHECKING:
     from .recipe import HAEConfig
@@ -57,8 +57,10 @@ class TranslateConfig(Algorithm, TaskConfig):
     """The slices to translate and evaluate."""
     guidance: float | Literal["auto"] = "auto"
     """Strength w; auto: the one of the grid with which validation's scores separate the classes best."""
-    grid: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0, 5.0)
+    grid: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0)
     """Strengths to choose from; all of them take one pass."""
+    score: Score | Literal["auto"] = "auto"
+    """What a slice is judged by: the cosine of the two errors over the steps, their ratio; auto: validation chooses."""
     modalities: tuple[str, ...] = ("flair", "t2")
     """The images that count."""
     baselines: bool = True
@@ -89,18 +91,24 @@ class TranslateConfig(Algorithm, TaskConfig):
         """Guidance strengths that validation tries."""
         return self.grid if self.guidance == "auto" else (self.guidance,)
 
+    @property
+    def judges(self) -> tuple[Score, ...]:
+        """Scores that validation tries; where they are as good, the first."""
+        return ("cosine", "ratio") if self.score == "auto" else (self.score,)
+
 
 @dataclass(frozen=True)
 class Calibration:
     """What the image labels of the validation split chose."""
 
     guidance: float
+    score: Score
     threshold: float
     """Slices with a higher score are unhealthy."""
     largest: float
     """The largest M_te: the scale of the masks' quantile."""
     auroc: dict[str, float]
-    """Of the validation split, by guidance strength."""
+    """Of the validation split, by score and guidance strength."""
     baselines: dict[str, float]
     """Their thresholds, by name."""
 
@@ -112,7 +120,9 @@ class Translate(Task["HAEConfig", TranslateConfig]):
     summary: ClassVar[str] = "segment anomalies with trained weights; leave figures, pictures, a report and volumes"
 
     def options(self, config: HAEConfig) -> TranslateConfig:
-        return TranslateConfig(steps=config.translate_steps, passes=config.translate_passes)
+        return TranslateConfig(
+            steps=config.translate_steps, until=config.translate_until, passes=config.translate_passes
+        )
 
     def run(self, job: Job[HAEConfig, TranslateConfig]) -> None:
         _Translation(job).run()
@@ -197,7 +207,8 @@ class _Translation:
     def calibrate(self) -> Calibration:
         """What validation chose, as it is stored beside the weights, or chosen now."""
         job, options = self.job, self.options
-        known = self._settings({"strengths": options.strengths, "baselines": options.baselines})
+        tried = {"strengths": options.strengths, "scores": options.judges, "baselines": options.baselines}
+        known = self._settings(tried)
         file = job.weights.path.parent / STORED
         stored = _read_json(file)
         if stored.get("settings") == known:
@@ -207,23 +218,31 @@ class _Translation:
         slices = split.slices
         choose_threshold(slices.labels.astype(np.float32), slices.labels)  # both kinds are there, before the work
         batches = self.translate(split, options.strengths, "validation")  # apart from the split val, with one strength
-        scores, peaks = batches.joined("score", 1), batches.joined("peak", 1)
-        found = [choose_threshold(score, slices.labels) for score in scores]
-        best = max(range(len(found)), key=lambda i: (found[i].auroc, found[i].margin))
-        guidance = options.strengths[best]
+        healthy, null, peaks = (batches.joined(name, 1) for name in ("healthy", "null", "peak"))
+        found = {
+            (score, i): choose_threshold(judge(healthy[i], null[i], score), slices.labels)
+            for score in options.judges
+            for i in range(len(options.strengths))
+        }
+        score, best = max(found, key=lambda key: (found[key].auroc, found[key].margin))
+        choice, guidance = found[score, best], options.strengths[best]
         baselines = {}
         if options.baselines:
             maps = self.decode(split, batches, guidance, "validation").joined("map")
             baselines = {DDIB: _cut(maps, slices).value, FLAIR: _cut(_flair(slices), slices).value}
         chosen = Calibration(
             guidance=guidance,
-            threshold=found[best].value,
+            score=score,
+            threshold=choice.value,
             largest=float(peaks[best].max()),
-            auroc={f"{w:g}": choice.auroc for w, choice in zip(options.strengths, found, strict=True)},
+            auroc={f"{name}, w = {options.strengths[i]:g}": tried.auroc for (name, i), tried in found.items()},
             baselines=baselines,
         )
-        job.say(f"validation: AUROC by guidance {chosen.auroc}; w = {guidance:g}, threshold {chosen.threshold:.3g}")
-        if found[best].auroc < 0.6:
+        job.say(
+            f"validation: image AUROC {choice.auroc:.3f} with w = {guidance:g} and the score {score}, "
+            f"threshold {choice.value:.3g}"
+        )
+        if choice.auroc < 0.6:
             job.warn("the weights hardly tell healthy from unhealthy slices of the validation split: train for longer")
         if job.is_main:
             write_text(file, json.dumps({"settings": known, "chosen": dataclasses.asdict(chosen)}, indent=1))
@@ -308,7 +327,8 @@ class _Translation:
         from .report import write_report
 
         job, options = self.job, self.options
-        maps, scores, peak = (batches.joined(name, 1)[0] for name in ("map", "score", "peak"))
+        maps, peak, healthy, null = (batches.joined(name, 1)[0] for name in ("map", "peak", "healthy", "null"))
+        scores = judge(healthy, null, chosen.score)
         unhealthy = scores > chosen.threshold
         masks = drop_small(segment(maps, unhealthy, peak, chosen.largest) & slices.foreground)
         methods = [Method("translation", scores, maps, unhealthy, masks)]
@@ -324,7 +344,10 @@ class _Translation:
             curves=Curves(
                 timesteps=np.array(options.timesteps),
                 modalities=options.modalities,
-                **{name: batches.joined(name, 1)[0] for name in ("difference", "healthy", "null", "end")},
+                difference=batches.joined("difference", 1)[0],
+                healthy=healthy,
+                null=null,
+                end=batches.joined("end", 1)[0],
             ),
             rows=evaluate(methods, slices, seed=options.seed),
             threshold=chosen.threshold,
@@ -349,10 +372,10 @@ class _Translation:
             "data": f"{simulated}split {slices.split}: {len(slices.patients)} patients, {len(slices)} slices, "
             f"{int(slices.labels.sum())} of them with a lesion",
             "weights": f"{job.weights.path} (step {job.weights.step}, SHA-256 {job.weights.sha256[:16]})",
-            "guidance": f"w = {chosen.guidance:g}, "
-            + ("given" if options.guidance != "auto" else "chosen by validation")
-            + f" (validation AUROC by w: {', '.join(f'{w}: {a:.3f}' for w, a in chosen.auroc.items())})",
-            "threshold of the score": f"{chosen.threshold:.4g}",
+            "guidance": f"w = {chosen.guidance:g}, {'given' if options.guidance != 'auto' else 'chosen by validation'}",
+            "score": f"{chosen.score}, {'given' if options.score != 'auto' else 'chosen by validation'}; "
+            f"threshold {chosen.threshold:.4g}",
+            "validation AUROC": "; ".join(f"{name}: {auroc:.3f}" for name, auroc in chosen.auroc.items()),
             "largest M": f"{chosen.largest:.4g}",
             **{f.name: getattr(options, f.name) for f in dataclasses.fields(Algorithm)},
             "modalities": ", ".join(options.modalities),

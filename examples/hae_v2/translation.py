@@ -9,12 +9,12 @@ noise hides the lesion, until it hides the anatomy, too. Per modality,
 - S_t is the squared error of the healthy prediction to the input, per pixel; its mean over the steps up to t_e is the
   anomaly map, averaged over modalities and smoothed by a 5 x 5 median;
 - MSE_h and MSE_0 are the mean squared errors of the two predictions over the steps: for a healthy slice they run alike,
-  so the slice's score is 1 minus the cosine of the two sequences.
+  so how they part is the slice's score.
 
 One call of the model per step, on twice the slices, serves both predictions and the inversion, for any number of
 guidance strengths at once, because w takes no part in either. Of the maps only their sum so far, and the sum as it was
 at the largest M_t so far are kept: memory does not depend on F. (`end_ratio` below 1 needs sums of the past: the one
-option that keeps some, in host memory.) Where the sequences of several modalities are one (cosine), they are averaged.
+option that keeps some, in host memory.)
 """
 
 from __future__ import annotations
@@ -85,8 +85,6 @@ class Translated:
 
     map: NDArray[np.float32]
     """[N, H, W] anomaly."""
-    score: NDArray[np.float32]
-    """[N] 1 minus the cosine of MSE_h and MSE_0: higher is less healthy."""
     peak: NDArray[np.float32]
     """[N] the largest M_t, averaged over modalities."""
     end: NDArray[np.int64]
@@ -149,7 +147,6 @@ class Evidence:
         end = difference.argmax(axis=1)
         return Translated(
             map=smooth(self._map.mean(dim=1).float().cpu().numpy()),
-            score=_unlike(healthy.mean(axis=2), null.mean(axis=2)),
             peak=difference.max(axis=1).mean(axis=1),
             end=end,
             difference=difference,
@@ -165,11 +162,23 @@ def smooth(maps: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(median_filter(maps, size=(1, 5, 5)))
 
 
-def _unlike(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float32]:
-    """[N] 1 minus the cosine of the rows of two [N, F], in float64 up to the difference; 0 where a row is zero."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    found = np.where(norms > 0, 1 - (a * b).sum(axis=1) / np.where(norms > 0, norms, 1), 0)
+Score = Literal["cosine", "ratio"]
+
+
+def judge(healthy: NDArray[Any], null: NDArray[Any], score: Score) -> NDArray[np.float32]:
+    """How unhealthy slices look, [...], from the sequences MSE_h and MSE_0 [..., F, M], averaged over modalities.
+
+    `cosine` is 1 minus the cosine of the two, the paper's. It is the late steps', whose errors are the largest; where a
+    model has learned little of its classes, they hold nothing but anatomy that the noise has hidden. `ratio` is the
+    mean of log(MSE_h / MSE_0), in which all steps weigh the same: by how much the healthy prediction is the worse one.
+    """
+    a, b = (x.astype(np.float64).mean(axis=-1) for x in (healthy, null))
+    if score == "ratio":
+        known = (a > 0) & (b > 0)
+        logs = np.log(np.where(known, a, 1) / np.where(known, b, 1))
+        return np.asarray(logs.mean(axis=-1), dtype=np.float32)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    found = np.where(norms > 0, 1 - (a * b).sum(axis=-1) / np.where(norms > 0, norms, 1), 0)
     return np.asarray(found, dtype=np.float32)
 
 
