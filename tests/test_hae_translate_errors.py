@@ -65,7 +65,7 @@ def arguments(place, task="translate", settings=(), **changes):
         ({"end_ratio": 0}, "end_ratio must be above 0 and at most 1"),
         ({"end_ratio": 1.5}, "end_ratio must be above 0 and at most 1"),
         ({"until": 1200}, "until=1200 is beyond diffusion_steps=1000"),
-        ({"settings": ["diffusion_steps=100"]}, "until=600 is beyond diffusion_steps=100"),
+        ({"settings": ["diffusion_steps=100"]}, "until=344 is beyond diffusion_steps=100"),
         ({"settings": ["model_channels=64"]}, "some.safetensors holds the weights of another model: "),
         ({"data": "gone"}, "data folder gone does not exist or is not a folder: give the one that holds the patients"),
         ({"task": "sample", "steps": 0}, "sample needs at least one step and one guidance strength"),
