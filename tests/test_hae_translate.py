@@ -35,7 +35,9 @@ from tests.hae_runs import (
 from tests.test_cli import fails
 
 QUICK = ["--baselines", "false", "--nifti", "false"]
-STEPS, BATCH, GRID, SCORES = 3, 4, (0.5, 1.0, 2.0, 3.0, 5.0, 10.0), ("cosine", "ratio")
+STEPS, BATCH, GRID = 3, 4, (1.0, 2.0, 5.0, 10.0, 20.0, 40.0)
+SCORES = ("cosine", "ratio", "difference")
+CURVES = ("difference", "healthy", "null")
 TEST = [(name, z) for name in names("test") for z in range(SHAPE[2])]
 BATCHES = -(-len(TEST) // BATCH)
 RESULTS = ["batches/*/*", "metrics.csv", "metrics.md", "slices.csv", "figures/*", "nifti/*"]
@@ -108,10 +110,8 @@ def test_validation_chooses(place):
     assert settings["weights"] == hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
     assert (settings["strengths"], settings["steps"], settings["batch_size"]) == (list(GRID), STEPS, BATCH)
     batches = [load_file(f) for f in sorted((run / "translate" / "batches" / "validation").glob("*.safetensors"))]
-    healthy, null, peaks = (
-        np.concatenate([batch[name] for batch in batches], axis=1) for name in ("healthy", "null", "peak")
-    )
-    scores = {(name, w): judge(healthy[i], null[i], name) for name in SCORES for i, w in enumerate(GRID)}
+    *curves, peaks = (np.concatenate([batch[name] for batch in batches], axis=1) for name in (*CURVES, "peak"))
+    scores = {(name, w): judge(*(c[i] for c in curves), name) for name in SCORES for i, w in enumerate(GRID)}
     labels = np.array([z in range(*LESION) for _ in names("val") for z in range(SHAPE[2])])
     tried = {key: choose_threshold(score, labels) for key, score in scores.items()}
     assert chosen["auroc"] == {f"{name}, w = {w:g}": threshold.auroc for (name, w), threshold in tried.items()}
@@ -130,7 +130,7 @@ def test_the_figures_are_those_of_the_slices(place):
     assert found["difference"].shape == (len(TEST), STEPS, 2)
     lines = table(out / "slices.csv")
     assert [(line["patient"], int(line["slice"])) for line in lines] == TEST
-    scores = judge(found["healthy"], found["null"], chosen["score"])
+    scores = judge(*(found[name] for name in CURVES), chosen["score"])
     for line, (_, z), score, peak in zip(lines, TEST, scores, found["peak"], strict=True):
         assert line["label"] == ("unhealthy" if z in range(*LESION) else "healthy")
         assert line["verdict"] == ("unhealthy" if score > chosen["threshold"] else "healthy")
@@ -227,7 +227,10 @@ def test_other_settings_need_choices_and_a_folder_of_their_own(place, run, findi
         (["--steps", "2"], r"validation holds the batches of a run with other settings \(steps=3 there, 2 now\): rem"),
         (["--clipping", "dynamic"], r"\(clipping=static there, dynamic now\)"),
         (["--seed", "1", "--batch-size", "5"], r"\(seed=0 there, 1 now; batch_size=4 there, 5 now\)"),
-        (["--guidance", "1.5"], r"\(strengths=\[0.5, 1.0, 2.0, 3.0, 5.0, 10.0\] there, \[1.5\] now\): .*another --out"),
+        (
+            ["--guidance", "1.5"],
+            r"\(strengths=\[1.0, 2.0, 5.0, 10.0, 20.0, 40.0\] there, \[1.5\] now\): .*another --out",
+        ),
     ):
         text = fails(capsys, *command(place, run, *more))
         assert re.search(message, text), text
@@ -236,7 +239,7 @@ def test_other_settings_need_choices_and_a_folder_of_their_own(place, run, findi
     text = capsys.readouterr().out
     assert "translating validation 4/4\n" in text
     assert re.search(
-        r"validation: image AUROC \d\.\d{3} with w = [\d.]+ and the score (cosine|ratio), threshold ", text
+        r"validation: image AUROC \d\.\d{3} with w = [\d.]+ and the score (cosine|ratio|difference), threshold ", text
     )
     assert choices(run)["settings"]["steps"] == 2
     (run / "translate" / "batches" / "test" / "settings.json").write_text("{")
@@ -316,9 +319,7 @@ def test_an_ablation_changes_the_maps(place, run, findings, option):
     (seen,) = findings
     assert str(seen.about[name]).lower() == value
     assert seen.about["guidance"] == f"w = {chosen:g}, given"
-    assert re.fullmatch(
-        rf"cosine, w = {chosen:g}: [\d.]+; ratio, w = {chosen:g}: [\d.]+", seen.about["validation AUROC"]
-    )
+    assert re.fullmatch(rf"(\w+, w = {chosen:g}: [\d.]+(; |$)){{3}}", seen.about["validation AUROC"])
     assert np.array_equal(seen.ours.maps, changed["map"])
 
 
@@ -352,9 +353,9 @@ def test_the_validation_split_can_be_shown_itself(place, run, findings, tmp_path
     seen, weakest, strongest = findings
     assert (seen.slices.split, list(seen.slices.patients)) == ("val", names("val"))
     validation = [load_file(f) for f in sorted((out / "batches" / "validation").glob("*.safetensors"))]
-    healthy, null = (np.concatenate([batch[name] for batch in validation], axis=1) for name in ("healthy", "null"))
+    curves = [np.concatenate([batch[name] for batch in validation], axis=1) for name in CURVES]
     score = choices(run)["chosen"]["score"]
-    scores = [judge(healthy[i], null[i], score) for i in range(len(GRID))]
+    scores = [judge(*(curve[i] for curve in curves), score) for i in range(len(GRID))]
     for found, expected in ((seen, scores[best]), (weakest, scores[0]), (strongest, scores[-1])):
         assert np.array_equal(found.ours.scores, expected)
     assert not np.array_equal(scores[0], scores[-1])
@@ -367,7 +368,7 @@ def test_strength_and_modalities_can_be_given(place, run, findings):
     out = translate(place, run, "--guidance", "1.5", "--modalities", "t1", *QUICK)
     found = choices(run)
     assert (found["settings"]["strengths"], found["chosen"]["guidance"]) == ([1.5], 1.5)
-    assert found["chosen"]["auroc"].keys() == {"cosine, w = 1.5", "ratio, w = 1.5"}
+    assert found["chosen"]["auroc"].keys() == {f"{name}, w = 1.5" for name in SCORES}
     assert arrays(out, "test")["difference"].shape == (len(TEST), STEPS, 1)
     assert findings[0].curves.modalities == ("t1",)
     assert json.loads((out / "batches" / "test" / "settings.json").read_text())["strengths"] == [1.5]

@@ -117,7 +117,7 @@ def test_streaming_equals_stacking_bit_for_bit(model, variant, steps):
         assert np.array_equal(got.map, maps)
         assert np.array_equal(got.end, end)
         assert np.array_equal(got.difference, m.transpose(0, 1).numpy())
-        found_score = judge(got.healthy, got.null, "cosine")
+        found_score = judge(got.difference, got.healthy, got.null, "cosine")
         np.testing.assert_allclose(found_score, score, rtol=1e-4, atol=1e-12)
         called, peak = found_score > np.median(found_score), m.amax(dim=0).mean(dim=1).numpy()
         masks = segment(got.map, called, got.peak, float(got.peak.max()))
@@ -229,21 +229,22 @@ def test_a_mask_is_the_quantile_that_validation_scales():
 
 def test_scores_are_what_they_say():
     rng = np.random.default_rng(0)
-    healthy, null = (rng.random((5, 9, 2)).astype(np.float32) + 0.1 for _ in range(2))
+    m, healthy, null = (rng.random((5, 9, 2)).astype(np.float32) + 0.1 for _ in range(3))
+    np.testing.assert_allclose(judge(m, healthy, null, "difference"), m.mean(axis=(1, 2)), rtol=1e-5)
     a, b = healthy.astype(np.float64).mean(axis=2), null.astype(np.float64).mean(axis=2)
     cosine = torch.nn.functional.cosine_similarity(torch.from_numpy(a), torch.from_numpy(b), dim=1).numpy()
-    np.testing.assert_allclose(judge(healthy, null, "cosine"), 1 - cosine, rtol=1e-5)
-    np.testing.assert_allclose(judge(healthy, null, "ratio"), (np.log(a) - np.log(b)).mean(axis=1), rtol=1e-5)
-    assert np.array_equal(judge(null[None], null[None], "ratio"), np.zeros((1, 5)))
-    assert np.array_equal(judge(0 * null, null, "cosine"), np.zeros(5))
-    assert np.array_equal(judge(0 * null, null, "ratio"), np.zeros(5))
+    np.testing.assert_allclose(judge(m, healthy, null, "cosine"), 1 - cosine, rtol=1e-5)
+    np.testing.assert_allclose(judge(m, healthy, null, "ratio"), (np.log(a) - np.log(b)).mean(axis=1), rtol=1e-5)
+    assert np.array_equal(judge(m, null[None], null[None], "ratio"), np.zeros((1, 5)))
+    assert np.array_equal(judge(m, 0 * null, null, "cosine"), np.zeros(5))
+    assert np.array_equal(judge(m, 0 * null, null, "ratio"), np.zeros(5))
 
 
 def test_a_score_is_as_exact_as_small_differences_of_the_sequences():
     null = np.linspace(1, 2, 50, dtype=np.float32)[None, :, None]
     healthy = null.copy()
     healthy[0, 3] *= 1.0001
-    assert 0 < judge(healthy, null, "cosine")[0] < 1e-9
+    assert 0 < judge(null, healthy, null, "cosine")[0] < 1e-9
 
 
 def test_bad_input_is_named(model):

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import platform
+import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date
@@ -57,10 +58,10 @@ class TranslateConfig(Algorithm, TaskConfig):
     """The slices to translate and evaluate."""
     guidance: float | Literal["auto"] = "auto"
     """Strength w; auto: the one of the grid with which validation's scores separate the classes best."""
-    grid: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0)
+    grid: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0)
     """Strengths to choose from; all of them take one pass."""
     score: Score | Literal["auto"] = "auto"
-    """What a slice is judged by: the cosine of the two errors over the steps, their ratio; auto: validation chooses."""
+    """What a slice is judged by: cosine or ratio of the two errors, or M itself; auto: validation chooses."""
     modalities: tuple[str, ...] = ("flair", "t2")
     """The images that count."""
     baselines: bool = True
@@ -94,7 +95,7 @@ class TranslateConfig(Algorithm, TaskConfig):
     @property
     def judges(self) -> tuple[Score, ...]:
         """Scores that validation tries; where they are as good, the first."""
-        return ("cosine", "ratio") if self.score == "auto" else (self.score,)
+        return typing.get_args(Score) if self.score == "auto" else (self.score,)
 
 
 @dataclass(frozen=True)
@@ -218,9 +219,11 @@ class _Translation:
         slices = split.slices
         choose_threshold(slices.labels.astype(np.float32), slices.labels)  # both kinds are there, before the work
         batches = self.translate(split, options.strengths, "validation")  # apart from the split val, with one strength
-        healthy, null, peaks = (batches.joined(name, 1) for name in ("healthy", "null", "peak"))
+        difference, healthy, null, peaks = (
+            batches.joined(name, 1) for name in ("difference", "healthy", "null", "peak")
+        )
         found = {
-            (score, i): choose_threshold(judge(healthy[i], null[i], score), slices.labels)
+            (score, i): choose_threshold(judge(difference[i], healthy[i], null[i], score), slices.labels)
             for score in options.judges
             for i in range(len(options.strengths))
         }
@@ -327,8 +330,9 @@ class _Translation:
         from .report import write_report
 
         job, options = self.job, self.options
-        maps, peak, healthy, null = (batches.joined(name, 1)[0] for name in ("map", "peak", "healthy", "null"))
-        scores = judge(healthy, null, chosen.score)
+        maps, peak, end = (batches.joined(name, 1)[0] for name in ("map", "peak", "end"))
+        difference, healthy, null = (batches.joined(name, 1)[0] for name in ("difference", "healthy", "null"))
+        scores = judge(difference, healthy, null, chosen.score)
         unhealthy = scores > chosen.threshold
         masks = drop_small(segment(maps, unhealthy, peak, chosen.largest) & slices.foreground)
         methods = [Method("translation", scores, maps, unhealthy, masks)]
@@ -344,10 +348,10 @@ class _Translation:
             curves=Curves(
                 timesteps=np.array(options.timesteps),
                 modalities=options.modalities,
-                difference=batches.joined("difference", 1)[0],
+                difference=difference,
                 healthy=healthy,
                 null=null,
-                end=batches.joined("end", 1)[0],
+                end=end,
             ),
             rows=evaluate(methods, slices, seed=options.seed),
             threshold=chosen.threshold,

@@ -162,16 +162,19 @@ def smooth(maps: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(median_filter(maps, size=(1, 5, 5)))
 
 
-Score = Literal["cosine", "ratio"]
+Score = Literal["cosine", "ratio", "difference"]
 
 
-def judge(healthy: NDArray[Any], null: NDArray[Any], score: Score) -> NDArray[np.float32]:
-    """How unhealthy slices look, [...], from the sequences MSE_h and MSE_0 [..., F, M], averaged over modalities.
+def judge(difference: NDArray[Any], healthy: NDArray[Any], null: NDArray[Any], score: Score) -> NDArray[np.float32]:
+    """How unhealthy slices look, [...], from M_t, MSE_h and MSE_0 [..., F, M], averaged over modalities.
 
-    `cosine` is 1 minus the cosine of the two, the paper's. It is the late steps', whose errors are the largest; where a
-    model has learned little of its classes, they hold nothing but anatomy that the noise has hidden. `ratio` is the
-    mean of log(MSE_h / MSE_0), in which all steps weigh the same: by how much the healthy prediction is the worse one.
+    `cosine` is 1 minus the cosine of MSE_h and MSE_0, the paper's. It is the late steps', whose errors are the largest;
+    where a model has learned little of its classes, they hold nothing but anatomy that the noise has hidden. `ratio` is
+    the mean of log(MSE_h / MSE_0), in which all steps weigh the same: by how much the healthy prediction is the worse
+    one. `difference` is the mean of M_t: how far the class alone moves the prediction.
     """
+    if score == "difference":
+        return np.asarray(difference.astype(np.float64).mean(axis=(-2, -1)), dtype=np.float32)
     a, b = (x.astype(np.float64).mean(axis=-1) for x in (healthy, null))
     if score == "ratio":
         known = (a > 0) & (b > 0)
