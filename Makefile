@@ -8,9 +8,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 train: .venv/.installed-hae
 	$(BIN)/memopt train examples/hae_v2 --resume
 
-# Trains for longer, then segments the test patients: 40 minutes on 2 cores.
+# Trains for longer, then segments the test patients: half an hour on 2 cores.
 demo: .venv/.installed-hae
-	$(BIN)/memopt train examples/hae_v2 --steps 2000 --out runs/demo --resume
+	$(BIN)/memopt train examples/hae_v2 --steps 1500 --out runs/demo --resume
 	$(BIN)/memopt run examples/hae_v2 translate --checkpoint runs/demo
 
 test: .venv/.installed-dev

@@ -66,14 +66,16 @@ class TranslateConfig(Algorithm, TaskConfig):
     """The images that count."""
     baselines: bool = True
     """Compare with a threshold on FLAIR, and with reconstruction, which takes as many calls again."""
+    reconstruction_guidance: float = 2.0
+    """Strength of the reconstruction, where it adds up over the steps."""
     nifti: bool = True
     """Write masks and maps as volumes, too."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Algorithm.__post_init__(self)
+        TaskConfig.__post_init__(self)
         known = ", ".join(MODALITIES)
         checks = {
-            "batch_size must be at least 1": self.batch_size >= 1,
             "grid needs at least one number, and finite ones": bool(self.grid) and all(map(math.isfinite, self.grid)),
             "guidance must be auto or a finite number": self.guidance == "auto" or math.isfinite(self.guidance),
             f"modalities must be some of {known}": bool(self.modalities) and set(self.modalities) <= set(MODALITIES),
@@ -201,15 +203,20 @@ class _Translation:
         _check_trained(job, target.dataset, self.diffusion)
         chosen = self.calibrate()
         batches = self.translate(target, (chosen.guidance,), options.split)
-        decoded = self.decode(target, batches, chosen.guidance, options.split) if options.baselines else None
+        decoded = self.decode(target, batches, options.split) if options.baselines else None
         if job.is_main:
             self.finish(target.slices, batches, decoded, chosen)
 
     def calibrate(self) -> Calibration:
         """What validation chose, as it is stored beside the weights, or chosen now."""
         job, options = self.job, self.options
-        tried = {"strengths": options.strengths, "scores": options.judges, "baselines": options.baselines}
-        known = self._settings(tried)
+        known = self._settings(
+            {
+                "strengths": options.strengths,
+                "scores": options.judges,
+                "baselines": options.reconstruction_guidance if options.baselines else False,
+            }
+        )
         file = job.weights.path.parent / STORED
         stored = _read_json(file)
         if stored.get("settings") == known:
@@ -231,14 +238,14 @@ class _Translation:
         choice, guidance = found[score, best], options.strengths[best]
         baselines = {}
         if options.baselines:
-            maps = self.decode(split, batches, guidance, "validation").joined("map")
+            maps = self.decode(split, batches, "validation").joined("map")
             baselines = {DDIB: _cut(maps, slices).value, FLAIR: _cut(_flair(slices), slices).value}
         chosen = Calibration(
             guidance=guidance,
             score=score,
             threshold=choice.value,
             largest=float(peaks[best].max()),
-            auroc={f"{name}, w = {options.strengths[i]:g}": tried.auroc for (name, i), tried in found.items()},
+            auroc={f"{name}, w = {options.strengths[i]:g}": one.auroc for (name, i), one in found.items()},
             baselines=baselines,
         )
         job.say(
@@ -272,8 +279,9 @@ class _Translation:
         needed = ["encoded"] if self.options.baselines else []
         return self._work(split, name, {"strengths": strengths}, compute, f"translating {name}", needed)
 
-    def decode(self, split: _Split, encoded: Batches, guidance: float, name: str) -> Batches:
+    def decode(self, split: _Split, encoded: Batches, name: str) -> Batches:
         """The maps of the reconstruction baseline."""
+        guidance = self.options.reconstruction_guidance
 
         def compute(rows: range, step: Callable[[int, int], None]) -> Arrays:
             images, _ = split.batch(rows, self.options.seed, self.job.accelerator.device)
