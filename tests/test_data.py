@@ -18,7 +18,16 @@ from torch.utils.data import DataLoader
 
 from examples.hae_v2 import data as data_module
 from examples.hae_v2.data import SPLITS, SliceDataset, ensure_data, prepare, split_patients
-from examples.hae_v2.simulate import AFFINE, MODALITIES, SHAPE, has_lesion, patient_name, simulate, simulate_patient
+from examples.hae_v2.simulate import (
+    AFFINE,
+    MODALITIES,
+    SHAPE,
+    has_lesion,
+    in_parallel,
+    patient_name,
+    simulate,
+    simulate_patient,
+)
 from memopt.errors import InputError
 
 KINDS = (*MODALITIES, "seg")
@@ -472,3 +481,16 @@ def test_a_full_disk(raw, tmp_path, monkeypatch):
         InputError, match=r"cannot prepare data under .*cache .*No space left on device.*free space or choose"
     ):
         ensure_data(raw, tmp_path / "cache", 16)
+
+
+def test_an_error_leaves_no_thread_behind():
+    """While the exception lives, so do the frames it came through, and whatever they would clean up later."""
+
+    def job(item):
+        raise InputError(f"item {item}")
+
+    before = set(threading.enumerate())
+    with pytest.raises(InputError, match="item 1") as caught:
+        in_parallel(job, [1], 1, "Working")
+    assert caught.value is not None
+    assert set(threading.enumerate()) == before

@@ -292,15 +292,18 @@ def in_parallel(job: Callable[[Item], Result], items: Iterable[Item], workers: i
     nothing running when the program is killed, and need no import of this file by name.
     """
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
     items = list(items)
-    with ThreadPoolExecutor(workers) as pool:
+    # Not rich's track(): an error leaves that generator behind with its threads, and whichever thread collects it may
+    # then wait for ever for one that waits for it.
+    with ThreadPoolExecutor(workers) as pool, Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task(title, total=len(items))
         futures = [pool.submit(job, item) for item in items]
         try:
-            done = track(as_completed(futures), title, len(items), console=Console(stderr=True))
-            for future in done:
+            for future in as_completed(futures):
                 future.result()
+                progress.advance(bar)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
