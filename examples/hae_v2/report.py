@@ -225,7 +225,7 @@ def _what(findings: Findings) -> str:
         f"{banner}<p>A diffusion model has learned what slices with and without a lesion look like. In training it was "
         "told of each slice only whether there is a lesion, never where. Here each slice gets noisier step by "
         "step, and at every step the model predicts the clean image twice, once as that of a healthy brain and once "
-        "with no such hint. How differently the errors of the two run is the slice’s score, "
+        "with no such hint. How far the two part is the slice’s score, "
         "which says whether it is called unhealthy; where the healthy prediction departs from the slice is the anomaly "
         "map, the highest part of which is the mask of the lesion.</p>\n"
         f'<div class="facts">{boxes}</div>'
@@ -294,7 +294,7 @@ def _curves(findings: Findings, typical: int, pictures: Path) -> str:
             f"M_t, MSE_h and MSE_0 against the timestep for {slice_name}.",
             f"The first of the slices below ({_text(slice_name)}). Above: M<sub>t</sub>, its largest value marked. "
             "Below: how far each prediction is from the slice itself. In a healthy slice the solid and the dotted line "
-            "of a colour run alike; the less they do, the higher is the score.",
+            "of a colour run alike.",
         )
         + "\n</section>"
     )
