@@ -6,6 +6,7 @@ from memopt.core import Edit, Handle, apply
 from memopt.errors import AlreadyApplied, InputError, MemoptError, NothingToDo, PassConflict, UnknownPass
 from memopt.load import load_swapped
 from memopt.memory import MemoryReport, profile
+from memopt.planning import Plan, plan
 from memopt.registry import Claim, Context, Pass, available_passes
 from memopt.reports import Report
 from memopt.stage import Stage, StageReport, stage
@@ -25,6 +26,7 @@ __all__ = [
     "NothingToDo",
     "Pass",
     "PassConflict",
+    "Plan",
     "Report",
     "Stage",
     "StageReport",
@@ -37,6 +39,7 @@ __all__ = [
     "load_swapped",
     "memory",
     "passes",
+    "plan",
     "profile",
     "stage",
 ]

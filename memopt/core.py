@@ -26,7 +26,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -35,6 +35,9 @@ from memopt.conflicts import between
 from memopt.errors import AlreadyApplied, InputError, MemoptError, NothingToDo, PassConflict
 from memopt.registry import STAGES, Claim, Context, Pass, exactness, resolve
 from memopt.reports import Report, ReportRow, Saving
+
+if TYPE_CHECKING:
+    from memopt.planning.plan import Plan
 
 PHASES = ("sampling", "evaluation", "checkpoint")
 """The boundaries a training loop names with ``handle.phase(name)``."""
@@ -382,21 +385,43 @@ def without_passes(model: nn.Module) -> Iterator[Active]:
             session.become(entries)
 
 
+def _planned(model: nn.Module, passes: Any, optimizer: Any, planning: dict[str, Any]) -> Any:
+    """A list of passes from any of the forms that ``apply`` takes."""
+    from memopt.planning.plan import Plan  # above this file in the layers
+
+    if passes == "auto":
+        from memopt.planning import plan
+
+        if missing := [name for name in ("inputs", "budget") if name not in planning]:
+            raise InputError(f"passes='auto' needs {' and '.join(missing)}, as memopt.plan does")
+        one = next(iter(optimizer), None) if isinstance(optimizer, Sequence) else optimizer
+        passes = plan(model, planning.pop("inputs"), planning.pop("budget"), optimizer=one, **planning)
+    elif planning:
+        raise InputError(f"{', '.join(planning)}: only with passes='auto'")
+    if isinstance(passes, Plan):
+        passes.check(model)
+        return passes.passes
+    return [passes] if isinstance(passes, (str, Mapping, Pass)) else passes
+
+
 def apply(
     model: nn.Module,
-    passes: Sequence[Any],
+    passes: Sequence[Any] | Plan | Literal["auto"],
     *,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     missing: Literal["raise", "skip"] = "raise",
+    **planning: Any,
 ) -> Handle:
     """Apply passes to a model in place.
 
     Args:
         model: any module; it stays the same object, with the same keys.
         passes: objects (``Checkpoint()``), names (``"checkpoint"``) or tables (``{"amp": {"dtype": "bf16"}}``), in any
-            order. A model that already has passes keeps them.
+            order; or a plan of ``memopt.plan``; or ``"auto"``, which makes one. A model that already has passes keeps
+            them.
         optimizer: the optimizer or optimizers of the training loop, for those of ``passes`` that need them.
         missing: what to do with a pass that finds nothing to do: ``"raise"``, or ``"skip"`` it and report that.
+        planning: with ``"auto"``, the arguments of ``memopt.plan``: ``inputs`` and ``budget``, and others of it.
 
     Returns:
         A handle with ``undo()``, ``report()``, ``phase(name)`` and ``scaler``; also a context manager.
@@ -409,8 +434,7 @@ def apply(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"apply needs a torch.nn.Module, not a {type(model).__name__}")
-    if isinstance(passes, (str, Mapping, Pass)):
-        passes = [passes]
+    passes = _planned(model, passes, optimizer, planning)
     if passes is None or isinstance(passes, type):
         raise InputError(f"passes must be a list of objects, names or tables, not {passes!r}")
     if missing not in ("raise", "skip"):

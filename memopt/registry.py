@@ -52,13 +52,15 @@ class Claim:
         return f"{self.part or self.aspect} of {self.path or 'the whole model'}"
 
 
-def matching_modules(model: nn.Module, pattern: str) -> list[str]:
-    """Paths of the modules that match the glob, outermost ones only."""
+def matching_modules(model: nn.Module, pattern: str | Sequence[str]) -> list[str]:
+    """Paths of the modules that match the glob, or one of several, outermost ones only."""
+    patterns = [pattern] if isinstance(pattern, str) else pattern
     found: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # never called itself
             continue
-        if name and fnmatch.fnmatchcase(name, pattern) and not any(name.startswith(f"{f}.") for f in found):
+        matches = name and any(fnmatch.fnmatchcase(name, one) for one in patterns)
+        if matches and not any(name.startswith(f"{f}.") for f in found):
             found.append(name)
     return found
 

@@ -21,6 +21,7 @@ from tests.training_jobs import ROOT
 HAE = ROOT / "examples" / "hae_v2"
 PATIENTS, SHAPE, LESION = 10, (40, 40, 6), (2, 5)
 TINY = ["image_size=16", "model_channels=32", "channel_mult=1,1", "attention_resolutions=2", "sample_steps=2"]
+TINY.append("slice_step=1")
 """A model of 400,000 parameters."""
 SHORT = ["steps=24", "batch_size=8", "lr=1e-2", "lr_anneal=false", "warmup_steps=0", "ema_decay=none"]
 """A training after which the model tells lesions from healthy tissue a little."""

@@ -155,7 +155,7 @@ def _resize(planes: NDArray[Any], size: int) -> torch.Tensor:
     return torch.nn.functional.interpolate(stack[:, None], (size, size), mode="bilinear", antialias=True)[:, 0]
 
 
-def _prepare_patient(folder: Path, target: Path, image_size: int, min_brain: float) -> int:
+def _prepare_patient(folder: Path, target: Path, image_size: int, min_brain: float, slice_step: int) -> int:
     """Write the patient's slices to `target`, in one step; returns how many there are."""
     images, lesion = _read_patient(folder, image_size)
     brain = np.logical_or.reduce([image != 0 for image in images]).mean(axis=(0, 1))
@@ -165,6 +165,7 @@ def _prepare_patient(folder: Path, target: Path, image_size: int, min_brain: flo
             f"no axial slice of patient {folder} shows brain on at least {min_brain:.0%} of its pixels "
             f"(at most {brain.max():.1%}): check the orientation of its files or lower min_brain"
         )
+    kept = kept[::slice_step]
     slices = torch.stack([_resize(image[..., kept], image_size) for image in images], dim=1)
     masks = _resize(lesion[..., kept], image_size) > 0.5
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -183,7 +184,9 @@ def split_patients(names: list[str], seed: int) -> dict[str, list[str]]:
     return {split: sorted(bounds[split]) for split in SPLITS}
 
 
-def _config(source: Path, folders: list[Path], image_size: int, seed: int, min_brain: float) -> dict[str, Any]:
+def _config(
+    source: Path, folders: list[Path], image_size: int, seed: int, min_brain: float, slice_step: int
+) -> dict[str, Any]:
     """Everything that determines a prepared folder. Sizes and times stand for the files' content."""
     files = [_file(folder, kind) for folder in folders for kind in (*MODALITIES, "seg")]
     states = [(str(f.relative_to(source)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
@@ -194,6 +197,7 @@ def _config(source: Path, folders: list[Path], image_size: int, seed: int, min_b
         "image_size": image_size,
         "seed": seed,
         "min_brain": min_brain,
+        "slice_step": slice_step,
         "modalities": list(MODALITIES),
     }
 
@@ -220,18 +224,22 @@ def prepare(
     seed: int = 0,
     *,
     min_brain: float = 0.1,
+    slice_step: int = 1,
     workers: int | None = None,
 ) -> Path:
     """Prepare the patients in `source` into `destination` and return that; if it holds just that already, do nothing.
 
-    `min_brain`: a slice is kept when at least this share of its pixels is brain (not zero in some modality).
+    `min_brain`: a slice is kept when at least this share of its pixels is brain (not zero in some modality), and of
+    those each `slice_step`-th: neighbours are nearly alike, so fewer slices of more patients teach more.
     A killed run goes on with the patients still missing.
     """
     source, destination = Path(source), Path(destination)
     if image_size < 1:
         raise InputError(f"image size {image_size}: give a positive number of pixels")
+    if slice_step < 1:
+        raise InputError(f"slice step {slice_step}: give a positive number of slices")
     folders = find_patients(source)
-    config = _config(source, folders, image_size, seed, min_brain)
+    config = _config(source, folders, image_size, seed, min_brain, slice_step)
     index = read_index(destination)
     made = (destination / "index.json").exists()
     if not made and destination.exists() and any(destination.iterdir()):
@@ -254,7 +262,7 @@ def prepare(
         target = targets[folder.name]
         if target.exists():
             return len(_load(target)["slices"])
-        return _prepare_patient(folder, target, image_size, min_brain)
+        return _prepare_patient(folder, target, image_size, min_brain, slice_step)
 
     counts = in_parallel(job, folders, workers or min(os.cpu_count() or 1, 8), "Preparing slices")
     by_name = {folder.name: count for folder, count in zip(folders, counts, strict=True)}
@@ -350,6 +358,7 @@ def ensure_data(
     patients: int = 40,
     lesion_share: float = 0.6,
     min_brain: float = 0.1,
+    slice_step: int = 1,
     workers: int | None = None,
 ) -> Path:
     """The prepared folder for `data`, a folder in BraTS layout, or without it for `patients` simulated patients.
@@ -367,8 +376,16 @@ def ensure_data(
             )
             if data is None:
                 simulate(source, patients=patients, seed=seed, lesion_share=lesion_share, workers=workers)
-            settings = f"{source.resolve()} {seed} {min_brain}"
+            settings = f"{source.resolve()} {seed} {min_brain} {slice_step}"
             name = f"{source.name}-{image_size}px-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-            return prepare(source, cache / "prepared" / name, image_size, seed, min_brain=min_brain, workers=workers)
+            return prepare(
+                source,
+                cache / "prepared" / name,
+                image_size,
+                seed,
+                min_brain=min_brain,
+                slice_step=slice_step,
+                workers=workers,
+            )
     except OSError as error:
         raise InputError(f"cannot prepare data under {cache} ({error}): free space or choose another folder") from error

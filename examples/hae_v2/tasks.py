@@ -32,7 +32,7 @@ from memopt.tasks import Job, Task, TaskConfig
 from memopt.training import seed_for
 
 from .batches import Arrays, Batches
-from .data import SliceDataset, ensure_data, read_index
+from .data import SliceDataset, read_index
 from .diffusion import Diffusion
 from .evaluate import Threshold, by_threshold, choose_threshold, drop_small, evaluate, map_scores
 from .results import Curves, Findings, Method, Slices
@@ -193,8 +193,7 @@ class _Translation:
             raise InputError("translation needs a model of two classes, healthy and lesion: num_classes=2")
         if self.options.until > self.diffusion.steps:
             raise InputError(f"until={self.options.until} is beyond diffusion_steps={self.diffusion.steps}")
-        config = job.config
-        self.root = ensure_data(job.data, job.cache, config.image_size, seed=config.data_seed, patients=config.patients)
+        self.root = job.config.prepared(job.data, job.cache)
         self.source = Path(read_index(self.root)["config"]["source"])
 
     def run(self) -> None:

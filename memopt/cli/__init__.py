@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from memopt.cli import ablate, max_batch, passes, profile, run, train
+from memopt.cli import ablate, max_batch, passes, plan, profile, run, train
 from memopt.errors import MemoptError
 
-VERBS = (train, run, profile, max_batch, ablate, passes)
+VERBS = (train, run, profile, plan, max_batch, ablate, passes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -82,6 +82,11 @@ class Subject(ABC):
     def work(self, batch: int | None = None, *, device: str, real: bool) -> Work:
         """A step without passes, on fake tensors or on true ones, which are the same ones every time."""
 
+    @property
+    @abstractmethod
+    def given(self) -> list[Any]:
+        """The passes that were asked for, or that the recipe's preset has."""
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What determines the step, by name; ``seed`` is among it."""
@@ -135,6 +140,12 @@ class _Recipe(Subject):
             return recipe_work(
                 self.recipe, config, train=self.train, device=device, real=real, data=self.data, cache=self.cache
             )
+
+    @property
+    def given(self) -> list[Any]:
+        from memopt.recipe import parse_passes
+
+        return list(parse_passes(self.config.passes))
 
     def settings(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config)
@@ -195,6 +206,10 @@ class _Factory(Subject):
                 # Numbers that may be indices stay zero.
                 call = tree_map_only(Tensor, lambda t: t.normal_() if t.is_floating_point() else t, call)
         return Work(model, call, lambda m, c: _weighted(m(*c[0], **c[1])), self._made_optimizer(model))
+
+    @property
+    def given(self) -> list[Any]:
+        return list(self.passes)
 
     def settings(self) -> dict[str, Any]:
         optimizer = "none" if self.optimizer is None else self.optimizer.__name__

@@ -194,6 +194,7 @@ class Ledger(TorchDispatchMode):
             self.live.pop(place.key, None)
             self._watch(place, storage, storage._cdata)
         self.end(func, result)
+        self.worked(func, args, kwargs, result)
         try:
             self.check()
         except BaseException:
@@ -215,6 +216,9 @@ class Ledger(TorchDispatchMode):
         """An operation has returned; count its results."""
         for tensor in _tensors(result):
             self.see(tensor, str(func._schema.name).replace("::", "."), self._tier)
+
+    def worked(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """For subclasses: an operation has returned; how much work it was can be told from what it took and gave."""
 
     def _taken_over(self, args: Any, func: Any) -> Record | None:
         """The record that the sum keeps, if this is an addition that the engine does in place without a mode."""

@@ -27,7 +27,7 @@ from memopt.errors import InputError, MemoptError
 from memopt.memory import corrections, cuda, fake
 from memopt.memory.report import MemoryReport
 from memopt.memory.restore import restored
-from memopt.memory.timeline import tell
+from memopt.memory.timeline import Story, tell
 from memopt.memory.tracker import Tracker
 from memopt.registry import Pass
 from memopt.reports import Saving
@@ -95,6 +95,23 @@ def profile(
         MemoptError: the model's code needs the values of tensors (``.item()``, data-dependent branches), which fake
             tensors do not have; the message names the line. Use ``real=True``.
     """
+    work = make_work(model, inputs, train=train, loss=loss, optimizer=optimizer)
+    return profile_work(
+        work,
+        train=train,
+        device=device,
+        passes=passes,
+        real=real,
+        rounding=rounding,
+        waits=waits,
+        inputs=describe(work.batch),
+    )
+
+
+def make_work(
+    model: nn.Module, inputs: Any, *, train: bool, loss: Loss | None, optimizer: torch.optim.Optimizer | None
+) -> Work:
+    """The step that :func:`profile` describes, its arguments checked."""
     if not isinstance(model, nn.Module):
         raise InputError(f"profile needs a torch.nn.Module, not a {type(model).__name__}")
     if loss is not None and not callable(loss):
@@ -117,17 +134,7 @@ def profile(
         with _explained(model, f"loss failed on the output of {type(model).__name__}, {describe(output)}", True):
             return loss(output)
 
-    work = Work(model, call, forward, optimizer if train else None)
-    return profile_work(
-        work,
-        train=train,
-        device=device,
-        passes=passes,
-        real=real,
-        rounding=rounding,
-        waits=waits,
-        inputs=describe(call),
-    )
+    return Work(model, call, forward, optimizer if train else None)
 
 
 def savings_of(
@@ -145,6 +152,46 @@ def savings_of(
     ]
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A step that ran under a tracker."""
+
+    tracker: Tracker
+    story: Story
+    model: nn.Module
+    """The one that ran, perhaps a copy."""
+    device: str
+    """What kind of device was counted."""
+    rounding: int
+    passes: tuple[str, ...]
+    assumptions: tuple[str, ...]
+
+
+def watch_work(
+    work: Work,
+    *,
+    train: bool,
+    device: str | torch.device | None = None,
+    passes: Sequence[Any] = (),
+    real: bool = False,
+    rounding: int | None = None,
+    waits: int = 16,
+) -> Watched:
+    """Run a step under a tracker, and say what it saw; arguments as for :func:`profile`."""
+    _check_steps(work.optimizer)
+    placed = {t.device.type for t in work.model.parameters()} or {"cpu"}
+    kind = _kind(device) if device is not None else "cpu" if "meta" in placed else sorted(placed)[-1]
+    if real and kind not in placed:  # weights may live elsewhere, too
+        raise InputError(f"a real profile runs where the model is ({', '.join(sorted(placed))}), not on {kind!r}")
+    if rounding is None:
+        rounding = 512 if kind == "cuda" else 1
+    passes = [passes] if isinstance(passes, (str, Mapping, Pass)) else list(passes)
+    with torch.inference_mode(False):
+        run, tracker = (_on_the_model if real else _on_fakes)(work, train, kind, passes, rounding)
+    story = tell(tracker, run.work.model, waits=waits)
+    return Watched(tracker, story, run.work.model, kind, rounding, run.passes, run.assumptions)
+
+
 def profile_work(
     work: Work,
     *,
@@ -157,18 +204,11 @@ def profile_work(
     waits: int = 16,
 ) -> MemoryReport:
     """As :func:`profile`, for a step that the caller describes; ``inputs`` is what the report says of it."""
-    _check_steps(work.optimizer)
     began = time.perf_counter()
-    placed = {t.device.type for t in work.model.parameters()} or {"cpu"}
-    kind = _kind(device) if device is not None else "cpu" if "meta" in placed else sorted(placed)[-1]
-    if real and kind not in placed:  # weights may live elsewhere, too
-        raise InputError(f"a real profile runs where the model is ({', '.join(sorted(placed))}), not on {kind!r}")
-    if rounding is None:
-        rounding = 512 if kind == "cuda" else 1
-    passes = [passes] if isinstance(passes, (str, Mapping, Pass)) else list(passes)
-    with torch.inference_mode(False):
-        run, tracker = (_on_the_model if real else _on_fakes)(work, train, kind, passes, rounding)
-    story = tell(tracker, run.work.model, waits=waits)
+    watched = watch_work(
+        work, train=train, device=device, passes=passes, real=real, rounding=rounding, waits=waits
+    )
+    tracker, story, kind = watched.tracker, watched.story, watched.device
     timeline = story.timeline
     in_op = story.peak_op >= 0
     phase = next((name for name, first, end in timeline.phases if first <= story.peak_op < end), "start")
@@ -179,8 +219,8 @@ def profile_work(
         device=kind,
         real=real,
         inputs=inputs,
-        passes=run.passes,
-        rounding=rounding,
+        passes=watched.passes,
+        rounding=watched.rounding,
         peak=story.peak,
         peak_point=story.peak_point,
         peak_phase=phase if in_op else "start",
@@ -194,7 +234,7 @@ def profile_work(
         modules=story.modules,
         skips=story.skips,
         timeline=timeline,
-        assumptions=run.assumptions if kind == "cuda" and not real else (SCRATCH, *run.assumptions),
+        assumptions=watched.assumptions if kind == "cuda" and not real else (SCRATCH, *watched.assumptions),
         seconds=time.perf_counter() - began,
     )
 

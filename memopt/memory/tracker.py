@@ -29,6 +29,7 @@ from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as optim
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from memopt.memory.cost import Cost, cost_of
 from memopt.memory.ledger import Ledger, Record, home_of, lives, sole_holders
 from memopt.saved import observes
 
@@ -87,6 +88,10 @@ class Tracker(Ledger):
         """Name of each operation."""
         self.paths: list[str] = []
         """Path of the module each operation ran in."""
+        self.costs: list[Cost] = []
+        """The work of each operation."""
+        self.transferred = 0
+        """Bytes that went to other tiers and came from there."""
         self.phases: list[tuple[str, int, int]] = []
         self.phase_name = ""
         self.forward_ends: list[int] = []
@@ -174,6 +179,14 @@ class Tracker(Ledger):
 
     def labelled(self, record: Record, label: str) -> None:
         record.trace.label = label
+
+    def place(self, tensor: Tensor, tier: str, label: str = "") -> None:
+        super().place(tensor, tier, label)
+        # Of what is kept only the way out is told, of weights the way back.
+        self.transferred += tensor.untyped_storage().nbytes() * (1 if tier == "device" else 2)
+
+    def worked(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        self.costs.append(cost_of(func, args, kwargs, result))
 
     def begin(self, func: Any) -> None:
         self.names.append(func._schema.name.replace("::", "."))

@@ -61,8 +61,8 @@ class Checkpoint(Pass):
     modes: ClassVar[frozenset[str]] = frozenset({"train"})
     needs: ClassVar[str] = "repeated blocks: composite modules in a ModuleList, ModuleDict or Sequential"
 
-    blocks: str = "auto"
-    """Which modules: "auto", or a glob over the names of ``named_modules()`` such as "layers.*"."""
+    blocks: str | tuple[str, ...] = "auto"
+    """Which modules: "auto", or a glob over the names of ``named_modules()`` such as "layers.*", or several."""
     policy: Keeps | str = "full"
     """What is kept inside: "full": nothing; "cheap": what convolutions, matrix products and attention give; "skips":
     nothing in larger blocks, as the levels of a UNet; or a function of an operation that says whether."""
@@ -78,8 +78,9 @@ class Checkpoint(Pass):
                 "checkpoint: policy 'skips' recomputes larger blocks, granularity 'layer' smaller ones. "
                 "Leave one out, or say granularity='nested'."
             )
-        if not isinstance(self.blocks, str):
-            raise InputError(f"checkpoint: blocks must be 'auto' or one glob, not {self.blocks!r}")
+        several = isinstance(self.blocks, tuple) and all(isinstance(glob, str) for glob in self.blocks)
+        if not (several or isinstance(self.blocks, str)):
+            raise InputError(f"checkpoint: blocks must be 'auto', a glob or several, not {self.blocks!r}")
 
     def wanted(self) -> str:
         return self.needs if self.blocks == "auto" else f"modules whose name matches {self.blocks!r}"

@@ -438,7 +438,7 @@ def test_globs_take_the_outermost_matches():
 def test_a_list_of_blocks_is_not_a_block():
     with pytest.raises(memopt.NothingToDo, match="modules whose name matches 'blocks'"):
         memopt.apply(Net(), [Checkpoint(blocks="blocks")])
-    with pytest.raises(memopt.InputError, match="blocks must be 'auto' or one glob, not"):
+    with pytest.raises(memopt.InputError, match="blocks must be 'auto', a glob or several, not"):
         Checkpoint(blocks=["blocks.0"])
 
 

@@ -1,0 +1,135 @@
+"""What each block of a model costs in memory and time, read off one watched step.
+
+A step goes through the blocks and comes back. What a block keeps for backward is there from the end of its forward to
+the end of its backward; while it works, it needs more. So at any moment the memory in use is that of the block at work,
+that of everything else, and what the blocks that wait have kept. A step is cut into *moments*, stretches in which the
+block at work and those that wait are the same, and of each only its highest point is remembered. Since what a block
+keeps and what it needs depend on what is done with it alone, steps in which all blocks were treated alike tell about
+any mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memopt.hardware import Hardware
+from memopt.memory.cost import Cost
+from memopt.memory.profiler import Watched
+from memopt.memory.timeline import Story
+
+Moment = tuple[str, int, tuple[int, ...]]
+"""The phase, the block at work (-1: none) and those that wait for their backward."""
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """One block in one step."""
+
+    kept: int
+    """Bytes of what it made that are kept for backward at the end of forward."""
+    seconds: float
+    """Estimated time of its operations, recomputed ones included."""
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """One step, all blocks treated alike. Bytes and seconds."""
+
+    passes: tuple[str, ...]
+    peak: int
+    seconds: float
+    """Estimated time of the step."""
+    blocks: tuple[BlockCosts, ...]
+    moments: dict[Moment, int]
+    """The most in use in each moment, without what waiting blocks have kept."""
+    kept: int
+    transferred: int
+    """Bytes to and from host memory."""
+    story: Story
+
+
+def costs_of(watched: Watched, blocks: Sequence[str], hardware: Hardware) -> StepCosts:
+    """The costs of a step that was watched, for the blocks of these paths, none inside another."""
+    tracker, story = watched.tracker, watched.story
+    number = {path: i for i, path in enumerate(blocks)}
+    owners = _Owners(number)
+    at = [owners.of(path) for path in tracker.paths]
+    works = [hardware.seconds(cost) for cost in tracker.costs]
+    seconds = [0.0] * len(blocks)
+    for owner, work in zip(at, works, strict=True):
+        if owner >= 0:
+            seconds[owner] += work
+    kept = {node.path: node.kept for _, node in story.modules.walk()}
+    found = tuple(BlockCosts(kept.get(path, 0), seconds[i]) for path, i in number.items())
+    total = sum(works)
+    return StepCosts(
+        passes=watched.passes,
+        peak=story.peak,
+        seconds=total + hardware.exposed(tracker.transferred, total),
+        blocks=found,
+        moments=_moments(watched, at, [block.kept for block in found]),
+        kept=story.kept,
+        transferred=tracker.transferred,
+        story=story,
+    )
+
+
+class _Owners:
+    """Which block a module belongs to, by paths."""
+
+    def __init__(self, number: dict[str, int]) -> None:
+        self.number = number
+        self.known: dict[str, int] = {}
+
+    def of(self, path: str) -> int:
+        if path not in self.known:
+            parts = path.split(".")
+            prefixes = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+            self.known[path] = next((self.number[p] for p in prefixes if p in self.number), -1)
+        return self.known[path]
+
+
+def _moments(watched: Watched, at: list[int], kept: list[int]) -> dict[Moment, int]:
+    timeline = watched.story.timeline
+    ends = _ends(timeline.phases, at)
+    found: dict[Moment, int] = {}
+    waiting: frozenset[int] = frozenset()
+    key: Moment = ("start", -1, ())
+    before, held = -1, 0
+    for op, total in zip(timeline.ops, timeline.total, strict=True):
+        if op != before:
+            before = op
+            phase = next((name for name, first, end in timeline.phases if first <= op < end), "between")
+            worker = at[op] if op < len(at) else -1
+            waiting = frozenset(i for i, spans in ends.items() if any(a < op <= b for a, b in spans)) - {worker}
+            key = (phase, worker, tuple(sorted(waiting)))
+            held = sum(kept[i] for i in waiting)
+        found[key] = max(found.get(key, 0), total - held)
+    return found
+
+
+def _ends(phases: Sequence[tuple[str, int, int]], at: list[int]) -> dict[int, list[tuple[int, int]]]:
+    """For each block the spans of operations, one for each microbatch, from its first in forward to its last in
+    backward."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    forward: dict[int, int] = {}
+    for name, first, end in phases:
+        if name == "forward":
+            forward = {}
+            for op in range(end - 1, first - 1, -1):
+                if at[op] >= 0:
+                    forward[at[op]] = op
+        elif name == "backward":
+            last = {at[op]: op for op in range(first, end) if at[op] >= 0}
+            for block, begin in forward.items():
+                found.setdefault(block, []).append((begin, last.get(block, begin)))
+    return found
+
+
+def total_cost(costs: Sequence[Cost]) -> Cost:
+    """The sum of many."""
+    total = Cost()
+    for cost in costs:
+        total += cost
+    return total

@@ -1,0 +1,94 @@
+"""Time against peak memory: plans for many budgets, beside what people do by hand."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memopt.errors import DoesNotFit
+from memopt.passes import Checkpoint
+from memopt.units import format_bytes
+
+if TYPE_CHECKING:
+    from memopt.planning.search import Search
+
+BUDGETS = 12
+"""How many budgets are planned for, from the plain peak down to the smallest that fits."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A way to run a step."""
+
+    name: str
+    peak: int
+    """Bytes, from a profile."""
+    seconds: float
+    """Estimated."""
+    kind: str
+    """``plain``, ``plan`` or ``by hand``."""
+
+
+def compare(search: Search) -> list[Point]:
+    """The plain step first, then plans from the largest budget to the smallest, then the others."""
+    plain = search.plain()
+    points = [Point("no passes", plain.peak, plain.seconds, "plain")]
+    least = search.smallest()
+    for k in range(1, BUDGETS + 1):
+        budget = plain.peak - (plain.peak - least.peak) * k // BUDGETS
+        try:
+            plan = search.plan(budget)
+        except DoesNotFit:
+            continue
+        points.append(Point(f"plan for {format_bytes(budget)}", plan.peak, plan.seconds, "plan"))
+    return points + by_hand(search)
+
+
+def by_hand(search: Search) -> list[Point]:
+    """Checkpoints around every block, every second, ...; what a step's peak and time are with them."""
+    found = []
+    for k in (1, 2, 3, 4):
+        chosen = search.blocks[::k]
+        if len(chosen) < 2 and k > 1:
+            break
+        tried = search.look([Checkpoint(blocks=tuple(map(glob.escape, chosen)))]) if chosen else None
+        if tried is not None:
+            every = "every block" if k == 1 else f"one block in {k}"
+            found.append(Point(f"checkpoint {every}", tried.peak, tried.seconds, "by hand"))
+    return found
+
+
+def draw(points: Sequence[Point], search: Search, file: Path) -> None:
+    """A PNG of the points."""
+    from matplotlib.figure import Figure
+
+    from memopt.memory.show import unit
+    from memopt.plots import save
+
+    size, name = unit(max(point.peak for point in points))
+    plain = points[0]
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    styles = {"plain": ("ks", "no passes"), "plan": ("C0o-", "plans"), "by hand": ("C3^", "by hand")}
+    for kind, (style, label) in styles.items():
+        chosen = sorted((p for p in points if p.kind == kind), key=lambda p: p.peak)
+        if chosen:
+            axes.plot([p.seconds / plain.seconds for p in chosen], [p.peak / size for p in chosen], style, label=label)
+    for point in points:
+        if point.kind == "by hand":
+            axes.annotate(
+                point.name,
+                (point.seconds / plain.seconds, point.peak / size),
+                xytext=(6, 4),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    axes.set(xlabel="estimated time of a step, relative to no passes", ylabel=f"peak memory ({name})", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    kind = "training step" if search.train else "forward"
+    figure.suptitle(f"{type(search.work.model).__name__}: {kind} on {search.device} ({search.hardware.name})", fontsize=11)
+    save(figure, file)

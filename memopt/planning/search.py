@@ -1,0 +1,401 @@
+"""The search for a plan: sets of passes, and within a set a treatment for each block.
+
+A *set* is a list of passes that act on the whole model (rewrites, offloading, another optimizer). Within a set, blocks
+are kept, or recomputed cheaply, or in full, or what they keep waits in host memory. Sets come from the least drastic to
+the most. For each, steps in which all blocks are treated alike are profiled on fake tensors, which gives the costs of
+any mixture (costs.py); a program (solve.py) picks one for the budget; and the mixture itself is profiled. What counts
+is that profile: where it shows more than the budget, the program is asked again for less, where less, for more. A set
+whose step without recomputation is already slower than what was found is not looked at further.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from memopt.blocks import find_blocks
+from memopt.errors import DoesNotFit, InputError, MemoptError
+from memopt.hardware import Hardware
+from memopt.memory.profiler import Work, watch_work
+from memopt.memory.profiler import describe as describe_inputs
+from memopt.memory.show import LABELS
+from memopt.passes import Checkpoint, OffloadActivations
+from memopt.planning.costs import StepCosts, costs_of
+from memopt.planning.plan import Plan, describe, fingerprint
+from memopt.planning.solve import Program
+from memopt.registry import Context, Pass, resolve
+from memopt.units import format_bytes
+
+Say = Callable[[str], None]
+TREATMENTS = ("keep", "cheap", "full", "offload")
+ROUNDS = 8
+"""How often the program is asked again for one set and budget."""
+CLOSE = 0.985
+"""A plan that takes this share of the budget is not tightened further."""
+LADDER = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2)
+"""Shares of the plain peak that are tried besides the budget itself: a plan for less may be no slower."""
+
+REWRITES = ("outer_product", "fused_attention")
+EXACT_SETS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("lean_ops",),
+    ("offload_activations",),
+    ("lean_ops", "offload_activations"),
+    ("lean_ops", "offload_activations", "offload_optimizer"),
+    ("lean_ops", "offload_activations", "offload_optimizer", "block_swap"),
+)
+"""Besides rewrites, in training."""
+INFER_SETS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("release",),
+    ("offload_skips",),
+    ("block_swap",),
+    ("offload_skips", "block_swap"),
+)
+LOSSY = ("amp", "optimizer_8bit")
+"""Passes that are not exact and may be allowed, by name."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Passes that were profiled."""
+
+    passes: tuple[Pass, ...]
+    costs: StepCosts
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return self.costs.peak
+
+    @property
+    def seconds(self) -> float:
+        """Of the step, estimated."""
+        return self.costs.seconds
+
+
+class Search:
+    """Plans of one step of one model, for any number of budgets; what was profiled is kept.
+
+    Args:
+        work: the step, without passes.
+        train, device: as for ``memopt.profile``.
+        inputs: what a plan says of its inputs.
+        hardware: what its time is estimated by.
+        allow: ``exact``, and names of passes that are not.
+        given: passes that are part of every plan.
+        profile: runs a step with passes; watch_work on fake tensors unless a test says otherwise.
+        say: told what goes on.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        *,
+        train: bool,
+        device: str,
+        inputs: str,
+        hardware: Hardware,
+        allow: Sequence[str] = ("exact",),
+        given: Sequence[Any] = (),
+        say: Say = lambda text: None,
+    ) -> None:
+        self.work, self.train, self.device, self.inputs = work, train, device, inputs
+        self.hardware, self.say = hardware, say
+        self.allow = check_allow(allow)
+        self.given = tuple(pass_ for like in given for pass_ in resolve(like))
+        self.blocks = find_blocks(work.model) if train else []
+        self.profiles = 0
+        self._seen: dict[str, Candidate | MemoptError] = {}
+        self._programs: dict[str, Program | None] = {}
+
+    # --- profiles --------------------------------------------------------------------------------------------------
+
+    def look(self, passes: Iterable[Pass]) -> Candidate | None:
+        """What a step with these passes costs; None where they cannot be applied."""
+        passes = tuple(passes)
+        key = repr(passes)
+        if key not in self._seen:
+            self.profiles += 1
+            self.say(f"profile {self.profiles}: {', '.join(map(describe, passes)) or 'no passes'}")
+            try:
+                with torch.random.fork_rng():
+                    watched = watch_work(
+                        self.work, train=self.train, device=self.device, passes=[*self.given, *passes]
+                    )
+                self._seen[key] = Candidate(passes, costs_of(watched, self.blocks, self.hardware))
+            except MemoptError as error:
+                self._seen[key] = error
+        found = self._seen[key]
+        return None if isinstance(found, MemoptError) else found
+
+    def plain(self) -> Candidate:
+        """The step without passes, but those that were given."""
+        found = self.look(())
+        if found is None:
+            error = self._seen[repr(())]
+            assert isinstance(error, MemoptError)
+            raise error
+        return found
+
+    # --- sets ------------------------------------------------------------------------------------------------------
+
+    def sets(self, lossy: bool) -> list[tuple[Pass, ...]]:
+        """The sets of passes to look at, the least drastic first."""
+        extras = EXACT_SETS if self.train else INFER_SETS
+        rewrites = self._rewrites()
+        allowed = [name for name in LOSSY if name in self.allow] if lossy else []
+        found: list[tuple[Pass, ...]] = []
+        for names in extras:
+            if "optimizer_8bit" in allowed:
+                names = tuple(name for name in names if name != "offload_optimizer")
+            known = {type(pass_).name for pass_ in (*self.given, *rewrites)}
+            wanted = [name for name in (*allowed, *names) if name not in known]
+            made = (*rewrites, *(p for name in wanted for p in resolve(name) if self._finds(p)))
+            if made not in found:
+                found.append(made)
+        if rewrites and not lossy:
+            found.insert(0, ())
+        return found
+
+    def _finds(self, pass_: Pass) -> bool:
+        """Whether a pass has anything to do in this model, in this kind of step."""
+        if ("train" if self.train else "infer") not in type(pass_).modes:
+            return False
+        optimizers = (self.work.optimizer,) if self.work.optimizer is not None else ()
+        try:
+            return bool(pass_.plan(self.work.model, Context(optimizers=optimizers)))
+        except MemoptError:
+            return False
+
+    def _rewrites(self) -> tuple[Pass, ...]:
+        """Those rewrites that lower the peak or the time here."""
+        found: tuple[Pass, ...] = ()
+        known = {type(pass_).name for pass_ in self.given}
+        for name in REWRITES:
+            (pass_,) = resolve(name)
+            if name in known or not self._finds(pass_):
+                continue
+            before, after = self.look(found), self.look((*found, pass_))
+            if before and after and (after.peak < before.peak or after.seconds < before.seconds):
+                found = (*found, pass_)
+        return found
+
+    def program(self, base: tuple[Pass, ...]) -> Program | None:
+        """The program for a set of passes, from steps in which all blocks are treated alike."""
+        key = repr(base)
+        if key not in self._programs:
+            steps = {}
+            for treatment in TREATMENTS:
+                if treatment == "offload" and any(isinstance(p, OffloadActivations) for p in base):
+                    continue  # what is kept is away already
+                found = self.look((*base, *self._treated({treatment: self.blocks})))
+                if found is not None and (treatment == "keep" or self.blocks):
+                    steps[treatment] = found.costs
+            self._programs[key] = Program(steps) if "keep" in steps else None
+        return self._programs[key]
+
+    def _treated(self, by: dict[str, list[str]]) -> list[Pass]:
+        """The passes that treat blocks so."""
+        found: list[Pass] = []
+        for policy in ("cheap", "full"):
+            if paths := by.get(policy):
+                found.append(Checkpoint(blocks=self._globs(paths), policy=policy))
+        if paths := by.get("offload"):
+            found.append(OffloadActivations(blocks=self._globs(paths)))
+        return found
+
+    def _globs(self, paths: Sequence[str]) -> tuple[str, ...]:
+        return tuple(map(glob.escape, paths))
+
+    # --- plans -----------------------------------------------------------------------------------------------------
+
+    def best(self, budget: int) -> Candidate | None:
+        """The fastest that was found within a budget: exact ones first, lossy ones where these do not fit."""
+        for lossy in (False, True) if any(name in LOSSY for name in self.allow) else (False,):
+            found: Candidate | None = None
+            for base in self.sets(lossy):
+                found = _faster(found, self._within(base, budget, found))
+            if found is not None:
+                return found
+        return None
+
+    def _within(self, base: tuple[Pass, ...], budget: int, best: Candidate | None) -> Candidate | None:
+        """The fastest of one set within a budget, if it is faster than the best so far."""
+        keep = self.look(base)
+        if keep is None or (best is not None and keep.seconds >= best.seconds):
+            return None
+        if keep.peak <= budget or not self.blocks:
+            return keep if keep.peak <= budget else None
+        program = self.program(base)
+        if program is None:
+            return None
+        found: Candidate | None = None
+        low, high = 0.0, float("inf")  # asked for less than low: fits; for more than high: does not
+        target = float(budget)
+        for _ in range(ROUNDS):
+            choice = program.solve(int(target))
+            if choice is None:
+                fits = False  # too little was asked for, or there is no such mixture
+                low = max(low, target)
+                if high == float("inf"):
+                    high = target * 1.25
+            else:
+                if best is not None and choice.seconds >= best.seconds * 1.02 and found is None:
+                    return None
+                by: dict[str, list[str]] = {}
+                for path, treatment in zip(self.blocks, choice.treatments, strict=True):
+                    by.setdefault(treatment, []).append(path)
+                tried = self.look((*base, *self._treated(by)))
+                fits = tried is not None and tried.peak <= budget
+                if tried is not None and fits:
+                    found = _faster(found, tried)
+                    if tried.peak >= CLOSE * budget:
+                        break
+                    low = max(low, target)
+                else:
+                    high = min(high, target)
+                if tried is not None and tried.peak != budget:
+                    # As much too low as the profile was too high, or the other way about.
+                    guess = target * budget / tried.peak * (0.998 if not fits else 0.999)
+                    if low < guess < high:
+                        target = guess
+                        continue
+            if high == float("inf"):
+                target *= 1.05
+            elif high - low < 0.004 * budget:
+                break
+            else:
+                target = (low + high) / 2
+        return found
+
+    def plan(self, budget: int) -> Plan:
+        """The plan for a budget of so many bytes.
+
+        Raises:
+            DoesNotFit: nothing does; the message has the smallest budget that would, what holds it, and what helps.
+        """
+        plain = self.plain()
+        found = self.best(budget)
+        for share in LADDER:  # a plan for less that is faster than this one shows that this one is not the best
+            smaller = int(share * plain.peak)
+            if found is not None and smaller < budget and self._estimate(smaller) < found.seconds:
+                found = _faster(found, self.best(smaller))
+        if found is None:
+            raise DoesNotFit(self._why_not(budget))
+        return self._made(found, budget, plain)
+
+    def _estimate(self, budget: int) -> float:
+        """The least modelled time for a budget among the sets whose programs are there."""
+        times = [choice.seconds for p in self._programs.values() if p and (choice := p.solve(budget))]
+        return min(times, default=float("inf"))
+
+    def _made(self, found: Candidate, budget: int, plain: Candidate) -> Plan:
+        counts = {"cheap": 0, "full": 0, "offload": 0}
+        for pass_ in found.passes:
+            if isinstance(pass_, Checkpoint):
+                counts[str(pass_.policy)] += len(pass_.blocks)
+            elif isinstance(pass_, OffloadActivations) and pass_.blocks:
+                counts["offload"] += len(pass_.blocks)
+        reasons = [
+            f"{format_bytes(plain.peak)} without passes is "
+            f"{'within' if plain.peak <= budget else 'above'} the budget of {format_bytes(budget)}"
+        ]
+        if found.passes:
+            words = {"cheap": "recomputed but for products", "full": "recomputed in full", "offload": "in host memory"}
+            treated = [f"{n} {words[name]}" for name, n in counts.items() if n]
+            rest = len(self.blocks) - sum(counts.values())
+            if treated:
+                reasons.append(f"of {len(self.blocks)} blocks {', '.join(treated)}, {rest} kept")
+            reasons.append(
+                f"of what was profiled ({self.profiles} steps on fake tensors), this is the fastest within the budget"
+            )
+        return Plan(
+            passes=(*self.given, *found.passes),
+            peak=found.peak,
+            seconds=found.seconds,
+            budget=budget,
+            plain_peak=plain.peak,
+            plain_seconds=plain.seconds,
+            fingerprint=fingerprint(self.work.model),
+            inputs=self.inputs,
+            train=self.train,
+            device=self.device,
+            hardware=self.hardware.name,
+            reasons=tuple(reasons),
+        )
+
+    # --- what does not fit -----------------------------------------------------------------------------------------
+
+    def smallest(self, lossy: bool = False) -> Candidate:
+        """The lowest peak among the sets, with all blocks treated alike."""
+        found = self.plain()
+        for base in self.sets(lossy):
+            for treatment in TREATMENTS:
+                offloads = any(isinstance(p, OffloadActivations) for p in base)
+                if treatment == "offload" and offloads:
+                    continue
+                tried = self.look((*base, *self._treated({treatment: self.blocks})))
+                if tried is not None and tried.peak < found.peak:
+                    found = tried
+        return found
+
+    def _why_not(self, budget: int) -> str:
+        least = self.smallest(lossy=any(name in LOSSY for name in self.allow))
+        story = least.costs.story
+        held = {name: values[story.peak_point] for name, values in story.timeline.bytes.items()}
+        order = sorted(((n, name) for name, n in held.items() if n), reverse=True)[:3]
+        parts = ", ".join(f"{format_bytes(n)} of {LABELS[name]}" for n, name in order)
+        tensors = "; ".join(
+            f"{format_bytes(t.bytes)} {'x'.join(map(str, t.shape)) or 'scalar'} {t.dtype} ({LABELS[t.category]}"
+            + (f" of {t.module})" if t.module else ")")
+            for t in story.largest[:3]
+        )
+        lines = [
+            f"no plan fits {format_bytes(budget)}. The smallest budget that one fits is {format_bytes(least.peak)}, "
+            f"with {', '.join(map(describe, (*self.given, *least.passes))) or 'no passes'}. It is held by {parts}; the "
+            f"largest tensors: {tensors}."
+        ]
+        helps = []
+        for name in LOSSY:
+            if name in self.allow or (name == "optimizer_8bit" and not self.train):
+                continue
+            (pass_,) = resolve(name)
+            others = tuple(
+                p for p in least.passes if not (name == "optimizer_8bit" and type(p).name == "offload_optimizer")
+            )
+            tried = self.look((*others, pass_)) if self._finds(pass_) else None
+            if tried is not None and tried.peak < least.peak:
+                fits = ", which fits" if tried.peak <= budget else ""
+                helps.append(f"{name} lowers it to {format_bytes(tried.peak)}{fits}")
+        if helps:
+            lines.append(f"Not exact, if allowed: {'; '.join(helps)}.")
+        smaller = "a smaller batch or microbatch" if self.train else "a smaller batch"
+        lines.append(f"Else give a larger budget or {smaller}.")
+        return " ".join(lines)
+
+
+def search_work(work: Work, *, train: bool, device: str, **how: Any) -> Search:
+    """A search for plans of a step that the caller describes; ``how``: further arguments of Search."""
+    return Search(work, train=train, device=device, inputs=describe_inputs(work.batch), **how)
+
+
+def check_allow(allow: Sequence[str]) -> tuple[str, ...]:
+    """Names of what a plan may use, checked."""
+    if isinstance(allow, str):
+        allow = (allow,)
+    for name in allow:
+        if name != "exact" and name not in LOSSY:
+            raise InputError(f"allow={name!r}: a plan can be allowed exact, {', '.join(LOSSY)}")
+    return tuple(dict.fromkeys(("exact", *allow)))
+
+
+def _faster(a: Candidate | None, b: Candidate | None) -> Candidate | None:
+    """The faster of two, the first where they are alike."""
+    if a is None or b is None:
+        return a or b
+    return b if b.seconds < a.seconds else a
