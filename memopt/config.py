@@ -40,7 +40,11 @@ def build(cls: type[T], values: Mapping[str, Any], *, what: str, base: T | None 
         choices = (hints[name], *typing.get_args(hints[name]))
         if isinstance(value, str) and value.lower() == "none" and type(None) in choices:
             value = None
-        elif isinstance(value, str) and str not in choices and any(typing.get_origin(choice) in (tuple, list) for choice in choices):
+        elif (
+            isinstance(value, str)
+            and str not in choices
+            and any(typing.get_origin(choice) in (tuple, list) for choice in choices)
+        ):
             value = tuple(part.strip() for part in value.split(",") if part.strip())
         given[name] = value
     try:

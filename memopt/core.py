@@ -37,7 +37,7 @@ from memopt.registry import STAGES, Claim, Context, Pass, exactness, resolve
 from memopt.reports import Report, ReportRow, Saving
 
 if TYPE_CHECKING:
-    from memopt.planning.plan import Plan
+    from memopt.planning.plans import Plan
 
 PHASES = ("sampling", "evaluation", "checkpoint")
 """The boundaries a training loop names with ``handle.phase(name)``."""
@@ -387,7 +387,7 @@ def without_passes(model: nn.Module) -> Iterator[Active]:
 
 def _planned(model: nn.Module, passes: Any, optimizer: Any, planning: dict[str, Any]) -> Any:
     """A list of passes from any of the forms that ``apply`` takes."""
-    from memopt.planning.plan import Plan  # above this file in the layers
+    from memopt.planning.plans import Plan  # above this file in the layers
 
     if passes == "auto":
         from memopt.planning import plan
@@ -434,9 +434,9 @@ def apply(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"apply needs a torch.nn.Module, not a {type(model).__name__}")
-    passes = _planned(model, passes, optimizer, planning)
-    if passes is None or isinstance(passes, type):
-        raise InputError(f"passes must be a list of objects, names or tables, not {passes!r}")
+    chosen: Any = _planned(model, passes, optimizer, planning)
+    if chosen is None or isinstance(chosen, type):
+        raise InputError(f"passes must be a list of objects, names or tables, not {chosen!r}")
     if missing not in ("raise", "skip"):
         raise InputError(f"missing={missing!r}: say 'raise' or 'skip'")
     given = () if optimizer is None else tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
@@ -445,7 +445,7 @@ def apply(
             raise InputError(f"optimizer must be a torch.optim.Optimizer, not a {type(one).__name__}")
     given = tuple({id(one): one for one in given}.values())
     session = _Session.find(model)
-    entries = [_Entry(pass_, missing, given) for like in passes for pass_ in resolve(like)]
+    entries = [_Entry(pass_, missing, given) for like in chosen for pass_ in resolve(like)]
     if entries:
         session.become(session.entries + entries)
     return Handle(session, entries)

@@ -56,6 +56,10 @@ class TrainConfig:
     """Where the average lives: beside the model, or on the CPU, which saves one copy of the weights on the device."""
     passes: tuple[str, ...] = ()
     """memopt passes, by name: ``checkpoint``, ``amp:dtype=fp16``."""
+    budget: str | None = None
+    """Bytes that a step may take on the device, such as 8GiB: further passes are planned for it (`memopt.plan`)."""
+    allow: tuple[str, ...] = ()
+    """Passes that are not exact and may be planned: amp, optimizer_8bit."""
     seed: int = 0
     """Determines everything random: initial weights, data order, noise, dropout, samples."""
     log_every: int = 10

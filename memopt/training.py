@@ -20,7 +20,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from memopt import checkpoints, core, files, plots
 from memopt.errors import InputError, MemoptError, blaming
+from memopt.guard import PLAN, Guard, plan_for
 from memopt.memory.leaks import LeakWatch
 from memopt.passes import OptimizerInBackward
+from memopt.planning import Plan
 from memopt.recipe import Recipe, TrainConfig, parse_passes
 from memopt.runlog import RunLog
 
@@ -94,11 +96,14 @@ class Batches(Sampler[list[int]]):
 class Trainer:
     """One run. ``train`` below drives it; its parts are methods so that tests can look at gradients."""
 
-    def __init__(self, recipe: Recipe[Any], config: TrainConfig, *, data: Path | None, cache: Path) -> None:
+    def __init__(
+        self, recipe: Recipe[Any], config: TrainConfig, *, data: Path | None, cache: Path, plan: Plan | None = None
+    ) -> None:
         from accelerate.utils import set_seed
 
         self.accelerator = make_accelerator()
-        self.recipe, self.config = recipe, config
+        self.recipe, self.config, self.plan = recipe, config, plan
+        self.microbatch = config.microbatch
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         if config.batch_size % self.world:
             raise InputError(f"batch size {config.batch_size} cannot be shared evenly by {self.world} processes")
@@ -117,12 +122,18 @@ class Trainer:
             device = torch.device("cpu") if config.ema_device == "cpu" else None
             self.ema = AveragedModel(self.model, device=device, multi_avg_fn=self._average)
         self.optimizer = recipe.optimizer(config, self.model)
-        self.handle = core.apply(self.model, parse_passes(config.passes), optimizer=self.optimizer)
+        passes = parse_passes(config.passes) if plan is None else plan
+        self.handle = core.apply(self.model, passes, optimizer=self.optimizer)
         if any(isinstance(pass_, OptimizerInBackward) for pass_ in self.handle.passes):
             self._check_steps_in_backward()
         self.scaler = self.handle.scaler or torch.amp.GradScaler(self.accelerator.device.type, enabled=False)
         self.parallel: nn.Module = self.accelerator.prepare(self.model)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+
+    def use(self, plan: Plan) -> None:
+        """Have the passes of another plan."""
+        self.handle.undo()
+        self.plan, self.handle = plan, core.apply(self.model, plan, optimizer=self.optimizer)
 
     def _check_steps_in_backward(self) -> None:
         """Refuse what needs all gradients of a step at once."""
@@ -187,7 +198,7 @@ class Trainer:
         mine = slice(self.rank * rows, (self.rank + 1) * rows)
         batch = {**data, **{name: tensor[mine] for name, tensor in draws.items()}}
         batch = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
-        size = config.microbatch or rows
+        size = self.microbatch or rows
         total = torch.zeros((), device=device)
         for start in range(0, rows, size):
             part = {name: value[start : start + size] for name, value in batch.items()}
@@ -327,10 +338,11 @@ def train(
         (out / "samples").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write the run folder {out}: {error}. Choose another --out") from None
-    trainer = Trainer(recipe, config, data=data, cache=cache)
+    plan, replan = plan_for(recipe, config, out, resume=resume, data=data, cache=cache)
+    trainer = Trainer(recipe, config, data=data, cache=cache, plan=plan)
     try:
         with files.only_one(out) if trainer.is_main else contextlib.nullcontext():
-            return _run(trainer, out, resume, data)
+            return _run(trainer, out, resume, data, replan)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -349,7 +361,7 @@ def _same_data(trainer: Trainer, out: Path) -> None:
         )
 
 
-def _run(trainer: Trainer, out: Path, resume: bool, data: Path | None) -> Result:
+def _run(trainer: Trainer, out: Path, resume: bool, data: Path | None, replan: Callable[[int], Plan] | None) -> Result:
     folder, steps = out / "checkpoints", trainer.config.steps
     with RunLog(out, steps, main=trainer.is_main) as log:
         found = checkpoints.newest(folder, log.warn) if resume else None
@@ -364,7 +376,11 @@ def _run(trainer: Trainer, out: Path, resume: bool, data: Path | None) -> Result
             checkpoints.write_text(out / "config.json", json.dumps(_describe(trainer, data), indent=1, default=str))
         log.rewind(trainer.step)
         log.start(trainer)
-        _loop(trainer, log, out)
+        if trainer.plan is not None:
+            log.say(str(trainer.plan))
+            if trainer.is_main:
+                trainer.plan.save(out / PLAN)
+        _loop(trainer, log, out, Guard(trainer, replan, log.warn, out / PLAN))
         if trainer.is_main:
             _finish(trainer, log, out)
     trainer.accelerator.wait_for_everyone()  # no process leaves the group while another still works
@@ -372,14 +388,14 @@ def _run(trainer: Trainer, out: Path, resume: bool, data: Path | None) -> Result
     return Result(out, trainer.step, log.losses)
 
 
-def _loop(trainer: Trainer, log: RunLog, out: Path) -> None:
+def _loop(trainer: Trainer, log: RunLog, out: Path, guard: Guard) -> None:
     config, folder = trainer.config, out / "checkpoints"
     pending: list[Tensor] = []
     watch = LeakWatch()
     last = time.perf_counter()
     for data in trainer.loader(range(trainer.step, config.steps)):
         rate = trainer.optimizer.param_groups[0]["lr"]
-        pending.append(trainer.train_step(data))
+        pending.append(guard.step(data))
         step, done = trainer.step, trainer.step == config.steps
         saving = done or step % config.save_every == 0
         if saving or step % config.log_every == 0:

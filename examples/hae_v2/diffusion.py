@@ -47,6 +47,15 @@ class Diffusion:
         """Loss of each sample [N]; `condition` goes to the model (y with threshold, or with clf_free and null)."""
         return self.loss(model(self.noise(x0, timesteps, eps), timesteps, **condition), eps)
 
+    def image_weight(self, timesteps: Tensor) -> Tensor:
+        """What makes of the noise's squared error the image's, 1 / SNR, at most 5, over the mean of that: [N].
+
+        Salimans and Ho (arXiv 2202.00512, section 4) compare such weights.
+        """
+        alphas: Tensor = self.scheduler.alphas_cumprod
+        weights = ((1 - alphas) / alphas).clamp(max=5)
+        return (weights / weights.mean()).to(timesteps.device)[timesteps]
+
     def predict(
         self, model: nn.Module, x: Tensor, timesteps: Tensor, labels: Tensor | None, guidance: Tensor | float
     ) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ SETTINGS = {
     "batch_size": ("B", "samples per step, over all processes"),
     "microbatch": ("M", "samples per forward, accumulated to the batch"),
     "passes": ("A,B", "memopt passes, such as checkpoint,amp:dtype=fp16"),
+    "budget": ("SIZE", "plan further passes that keep a step within so many bytes, such as 8GiB"),
+    "allow": ("A,B", "passes that are not exact and may be planned: amp, optimizer_8bit"),
     "seed": ("S", "determines everything random"),
 }
 """Settings of every recipe that have an option of their own."""

@@ -11,7 +11,7 @@ from memopt.cli.options import check_outputs, path
 from memopt.errors import InputError
 
 if TYPE_CHECKING:
-    from memopt.planning.search import Search
+    from memopt.planning.planner import Search
 
 EXAMPLES = """\
 examples:
@@ -31,9 +31,9 @@ def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "plan",
         help="find passes that keep a step within a budget",
-        description="Find the fastest passes with which a step fits a budget, from profiles on fake tensors. The budget "
-        "is for tensors: on a GPU leave room for CUDA itself, for the workspaces of its kernels and for what the "
-        "allocator cannot use. Times are estimates from the hardware's figures.",
+        description="Find the fastest passes with which a step fits a budget, from profiles on fake tensors. The "
+        "budget is for tensors: on a GPU leave room for CUDA itself, for the workspaces of its kernels and for what "
+        "the allocator cannot use. Times are estimates from the hardware's figures.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -85,7 +85,7 @@ def search_of(about: subject.Subject, allow: str, hardware: str | None, say: Any
     """The search for plans of what the command line speaks of."""
     from memopt.cli.options import pass_names
     from memopt.hardware import hardware_for
-    from memopt.planning.search import search_work
+    from memopt.planning.planner import search_work
 
     return search_work(
         about.work(device=about.device, real=False),

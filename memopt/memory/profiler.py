@@ -205,9 +205,7 @@ def profile_work(
 ) -> MemoryReport:
     """As :func:`profile`, for a step that the caller describes; ``inputs`` is what the report says of it."""
     began = time.perf_counter()
-    watched = watch_work(
-        work, train=train, device=device, passes=passes, real=real, rounding=rounding, waits=waits
-    )
+    watched = watch_work(work, train=train, device=device, passes=passes, real=real, rounding=rounding, waits=waits)
     tracker, story, kind = watched.tracker, watched.story, watched.device
     timeline = story.timeline
     in_op = story.peak_op >= 0

@@ -42,7 +42,7 @@ class OffloadActivations(Pass):
     to: Literal["cpu", "disk"] = "cpu"
     """Where they wait."""
     blocks: str | tuple[str, ...] = ""
-    """Only what the outermost modules keep whose names match this pattern, or one of several; empty: the whole model."""
+    """Only what the outermost modules keep whose names match this glob, or one of several; empty: the whole model."""
     min_bytes: int | str = "1MiB"
     """Smaller storages stay: moving them costs more than it gains."""
     prefetch: int = 1

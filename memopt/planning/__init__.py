@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memopt.planning.plan import Plan as Plan
+from memopt.planning.plans import Plan as Plan
 
 
 def plan(
@@ -44,7 +44,7 @@ def plan(
     from memopt.units import parse_bytes
 
     size = parse_bytes(budget, "budget")
-    return search(
+    found: Plan = search(
         model,
         inputs,
         train=train,
@@ -55,6 +55,7 @@ def plan(
         hardware=hardware,
         passes=passes,
     ).plan(size)
+    return found
 
 
 def search(
@@ -74,7 +75,7 @@ def search(
     from memopt.errors import InputError
     from memopt.hardware import hardware_for
     from memopt.memory.profiler import make_work
-    from memopt.planning.search import search_work
+    from memopt.planning.planner import search_work
 
     if isinstance(model, nn.Module) and (active := core.active_passes(model).passes):
         raise InputError(

@@ -13,7 +13,7 @@ from memopt.passes import Checkpoint
 from memopt.units import format_bytes
 
 if TYPE_CHECKING:
-    from memopt.planning.search import Search
+    from memopt.planning.planner import Search
 
 BUDGETS = 12
 """How many budgets are planned for, from the plain peak down to the smallest that fits."""
@@ -90,5 +90,6 @@ def draw(points: Sequence[Point], search: Search, file: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     kind = "training step" if search.train else "forward"
-    figure.suptitle(f"{type(search.work.model).__name__}: {kind} on {search.device} ({search.hardware.name})", fontsize=11)
+    model = type(search.work.model).__name__
+    figure.suptitle(f"{model}: {kind} on {search.device} ({search.hardware.name})", fontsize=11)
     save(figure, file)

@@ -25,25 +25,31 @@ from memopt.memory.profiler import describe as describe_inputs
 from memopt.memory.show import LABELS
 from memopt.passes import Checkpoint, OffloadActivations
 from memopt.planning.costs import StepCosts, costs_of
-from memopt.planning.plan import Plan, describe, fingerprint
+from memopt.planning.plans import Plan, describe, fingerprint
 from memopt.planning.solve import Program
 from memopt.registry import Context, Pass, resolve
 from memopt.units import format_bytes
 
 Say = Callable[[str], None]
 TREATMENTS = ("keep", "cheap", "full", "offload")
-ROUNDS = 8
+ROUNDS = 6
 """How often the program is asked again for one set and budget."""
 CLOSE = 0.985
-"""A plan that takes this share of the budget is not tightened further."""
+"""A plan that takes this share of the budget is not changed further."""
+NEAR = 0.9
+"""What saves most may take so much more than the budget for a mixture to be tried."""
+WORTH = 1.01
+"""Less than this factor in time is not worth another profile."""
+CLEARLY = 1.02
+"""A mixture whose modelled time is longer than the best by this factor is not profiled."""
 LADDER = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2)
 """Shares of the plain peak that are tried besides the budget itself: a plan for less may be no slower."""
 
 REWRITES = ("outer_product", "fused_attention")
 EXACT_SETS: tuple[tuple[str, ...], ...] = (
     (),
+    ("offload_optimizer",),
     ("lean_ops",),
-    ("offload_activations",),
     ("lean_ops", "offload_activations"),
     ("lean_ops", "offload_activations", "offload_optimizer"),
     ("lean_ops", "offload_activations", "offload_optimizer", "block_swap"),
@@ -124,9 +130,7 @@ class Search:
             self.say(f"profile {self.profiles}: {', '.join(map(describe, passes)) or 'no passes'}")
             try:
                 with torch.random.fork_rng():
-                    watched = watch_work(
-                        self.work, train=self.train, device=self.device, passes=[*self.given, *passes]
-                    )
+                    watched = watch_work(self.work, train=self.train, device=self.device, passes=[*self.given, *passes])
                 self._seen[key] = Candidate(passes, costs_of(watched, self.blocks, self.hardware))
             except MemoptError as error:
                 self._seen[key] = error
@@ -190,14 +194,18 @@ class Search:
         key = repr(base)
         if key not in self._programs:
             steps = {}
-            for treatment in TREATMENTS:
-                if treatment == "offload" and any(isinstance(p, OffloadActivations) for p in base):
-                    continue  # what is kept is away already
+            for treatment in self._treatments(base):
                 found = self.look((*base, *self._treated({treatment: self.blocks})))
                 if found is not None and (treatment == "keep" or self.blocks):
                     steps[treatment] = found.costs
             self._programs[key] = Program(steps) if "keep" in steps else None
         return self._programs[key]
+
+    @staticmethod
+    def _treatments(base: tuple[Pass, ...]) -> tuple[str, ...]:
+        """What can be done with a block in a set of passes."""
+        away = any(isinstance(pass_, OffloadActivations) for pass_ in base)  # what is kept is away already
+        return TREATMENTS[:-1] if away else TREATMENTS
 
     def _treated(self, by: dict[str, list[str]]) -> list[Pass]:
         """The passes that treat blocks so."""
@@ -218,8 +226,15 @@ class Search:
         """The fastest that was found within a budget: exact ones first, lossy ones where these do not fit."""
         for lossy in (False, True) if any(name in LOSSY for name in self.allow) else (False,):
             found: Candidate | None = None
+            slow: list[set[Pass]] = []
             for base in self.sets(lossy):
+                # With more passes of the same kinds it takes no less time.
+                if found is not None and any(known <= set(base) for known in slow):
+                    continue
                 found = _faster(found, self._within(base, budget, found))
+                keep = self.look(base)
+                if found is not None and keep is not None and keep.seconds >= found.seconds:
+                    slow.append(set(base))
             if found is not None:
                 return found
         return None
@@ -229,49 +244,67 @@ class Search:
         keep = self.look(base)
         if keep is None or (best is not None and keep.seconds >= best.seconds):
             return None
-        if keep.peak <= budget or not self.blocks:
-            return keep if keep.peak <= budget else None
-        program = self.program(base)
-        if program is None:
+        if keep.peak <= budget:
+            return keep
+        if not self._may_fit(base, budget):
             return None
+        program = self.program(base)
+        return None if program is None else self._mixture(base, program, budget, best)
+
+    def _may_fit(self, base: tuple[Pass, ...], budget: int) -> bool:
+        """Whether the treatments that save most come near the budget, and the optimizer's step does, which none has
+        to do with."""
+        keep = self.look(base)
+        steps = [size for (phase, *_), size in keep.costs.moments.items() if phase == "optimizer"] if keep else []
+        if max(steps, default=0) > budget:
+            return False
+        names = [name for name in self._treatments(base) if name in ("full", "offload")]
+        strong = [self.look((*base, *self._treated({name: self.blocks}))) for name in names]
+        peaks = [found.peak for found in strong if found is not None]
+        return bool(self.blocks) and any(peak * NEAR <= budget for peak in peaks)
+
+    def _mixture(
+        self, base: tuple[Pass, ...], program: Program, budget: int, best: Candidate | None
+    ) -> Candidate | None:
+        """The fastest mixture of treatments whose profile is within the budget, asked for one after another."""
         found: Candidate | None = None
-        low, high = 0.0, float("inf")  # asked for less than low: fits; for more than high: does not
-        target = float(budget)
+        low, high, target = 0.0, float("inf"), float(budget)  # what was asked for and fitted, or did not
+        bound = 0.0  # the modelled time of what did not fit, which nothing that fits can be much below
         for _ in range(ROUNDS):
             choice = program.solve(int(target))
-            if choice is None:
-                fits = False  # too little was asked for, or there is no such mixture
+            if choice is None:  # nothing is that small by the model; by the profile something may be
                 low = max(low, target)
-                if high == float("inf"):
-                    high = target * 1.25
+                guess = target * 1.03
             else:
-                if best is not None and choice.seconds >= best.seconds * 1.02 and found is None:
+                if found is None and best is not None and choice.seconds >= best.seconds * CLEARLY:
                     return None
-                by: dict[str, list[str]] = {}
-                for path, treatment in zip(self.blocks, choice.treatments, strict=True):
-                    by.setdefault(treatment, []).append(path)
-                tried = self.look((*base, *self._treated(by)))
-                fits = tried is not None and tried.peak <= budget
-                if tried is not None and fits:
+                tried = self.look((*base, *self._treated(self._by(choice.treatments))))
+                if tried is None:
+                    return found
+                if tried.peak <= budget:
                     found = _faster(found, tried)
+                    low = max(low, target)
                     if tried.peak >= CLOSE * budget:
                         break
-                    low = max(low, target)
                 else:
-                    high = min(high, target)
-                if tried is not None and tried.peak != budget:
-                    # As much too low as the profile was too high, or the other way about.
-                    guess = target * budget / tried.peak * (0.998 if not fits else 0.999)
-                    if low < guess < high:
-                        target = guess
-                        continue
-            if high == float("inf"):
-                target *= 1.05
-            elif high - low < 0.004 * budget:
+                    high, bound = min(high, target), max(bound, choice.seconds)
+                if found is not None and found.seconds <= bound * WORTH:
+                    break
+                # As much too low as the profile was too high, or the other way about.
+                guess = target * budget / tried.peak * (0.999 if tried.peak <= budget else 0.997)
+            if not low < guess < high:
+                guess = (low + high) / 2 if high < float("inf") else low * 1.03
+            if high - low < 0.003 * budget or guess > 1.3 * budget:
                 break
-            else:
-                target = (low + high) / 2
+            target = guess
         return found
+
+    def _by(self, treatments: Sequence[str]) -> dict[str, list[str]]:
+        """The blocks of each treatment."""
+        by: dict[str, list[str]] = {}
+        for path, treatment in zip(self.blocks, treatments, strict=True):
+            by.setdefault(treatment, []).append(path)
+        return by
 
     def plan(self, budget: int) -> Plan:
         """The plan for a budget of so many bytes.
@@ -332,13 +365,10 @@ class Search:
     # --- what does not fit -----------------------------------------------------------------------------------------
 
     def smallest(self, lossy: bool = False) -> Candidate:
-        """The lowest peak among the sets, with all blocks treated alike."""
+        """The lowest peak among the most drastic sets, with all blocks treated alike."""
         found = self.plain()
-        for base in self.sets(lossy):
-            for treatment in TREATMENTS:
-                offloads = any(isinstance(p, OffloadActivations) for p in base)
-                if treatment == "offload" and offloads:
-                    continue
+        for base in [*self.sets(False)[-2:], *(self.sets(True)[-2:] if lossy else ())]:
+            for treatment in ("keep", "full"):
                 tried = self.look((*base, *self._treated({treatment: self.blocks})))
                 if tried is not None and tried.peak < found.peak:
                     found = tried
