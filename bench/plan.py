@@ -241,14 +241,32 @@ def measure(name: str, timed: bool) -> None:
         print(f"  {peer}: peak {size / plain:.3f}" + (f", time {ratios[peer]:.2f}" if timed else ""))
 
 
+def hundred() -> None:
+    """Print how long a plan for 100 blocks takes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.TransformerEncoderLayer(64, 4, 128, 0.0, batch_first=True) for _ in range(100)])
+    x, optimizer = torch.randn(8, 64, 64), torch.optim.AdamW(model.parameters())
+    began = time.perf_counter()
+    found = search(model, x, optimizer=optimizer, hardware="a100")
+    plain = found.plain().peak
+    for share in (0.75, 0.5):
+        plan = found.plan(int(share * plain))
+        seconds = time.perf_counter() - began
+        print(f"100 blocks at {share:.0%}: {seconds:.0f} s, {found.profiles} profiles, peak {plan.peak / plain:.3f}")
+        began = time.perf_counter()
+
+
 def main() -> None:
     """Measure the models that were named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", choices=[*SUBJECTS, []], help="default: all")
+    parser.add_argument("models", nargs="*", help=f"of {', '.join(SUBJECTS)}, hundred; default: all")
     parser.add_argument("--memory", action="store_true", help="no times")
     options = parser.parse_args()
-    for name in options.models or SUBJECTS:
-        measure(name, not options.memory)
+    for name in options.models or [*SUBJECTS, "hundred"]:
+        if name == "hundred":
+            hundred()
+        else:
+            measure(name, not options.memory)
 
 
 if __name__ == "__main__":

@@ -151,11 +151,20 @@ class _Before:
 
 
 def plan_for(
-    recipe: Recipe[Any], config: TrainConfig, out: Path, *, resume: bool, data: Path | None, cache: Path
+    recipe: Recipe[Any],
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool,
+    data: Path | None,
+    cache: Path,
+    accelerator: Any,
 ) -> tuple[Plan | None, Callable[[int], Plan] | None]:
     """The plan of a run with a budget, which ``plan.toml`` in its folder keeps, and how to make others."""
     if config.budget is None:
         return None, None
+    from rich.console import Console
+
     from memopt.estimate import default_device, quiet, recipe_work
     from memopt.hardware import hardware_for
     from memopt.planning import Plan
@@ -179,12 +188,21 @@ def plan_for(
                     given=parse_passes(config.passes),
                 )
             )
-        with quiet():
+        with quiet(), Console(stderr=True).status("planning") as status:
+            made[0].say = status.update
             return made[0].plan(budget)
 
-    budget = parse_bytes(config.budget, "budget")
-    if resume and file.exists():
-        stored = Plan.load(file)
-        if stored.budget <= budget:  # smaller where memory ran out
-            return stored, replan
-    return replan(budget), replan
+    def first() -> Plan:
+        budget = parse_bytes(config.budget or "", "budget")
+        if resume and file.exists():
+            stored = Plan.load(file)
+            if stored.budget <= budget:  # smaller where memory ran out
+                return stored
+        return replan(budget)
+
+    if accelerator.num_processes == 1:
+        return first(), replan
+    from accelerate.utils import broadcast_object_list
+
+    box = [first() if accelerator.is_main_process else None]
+    return broadcast_object_list(box)[0], None

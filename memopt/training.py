@@ -338,7 +338,7 @@ def train(
         (out / "samples").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write the run folder {out}: {error}. Choose another --out") from None
-    plan, replan = plan_for(recipe, config, out, resume=resume, data=data, cache=cache)
+    plan, replan = plan_for(recipe, config, out, resume=resume, data=data, cache=cache, accelerator=make_accelerator())
     trainer = Trainer(recipe, config, data=data, cache=cache, plan=plan)
     try:
         with files.only_one(out) if trainer.is_main else contextlib.nullcontext():

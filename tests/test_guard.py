@@ -48,7 +48,8 @@ def test_a_step_that_does_not_fit_goes_on_in_parts(tmp_path, capsys):
         train(tiny, config_of(), out=tmp_path / "short")
     said = " ".join(capsys.readouterr().out.split())
     assert "out of memory in step 1 (CUDA out of memory. Tried to allocate" in said
-    assert "the step runs again with microbatches of 32" in said and "microbatches of 16" not in said
+    assert "the step runs again with microbatches of 32" in said
+    assert "microbatches of 16" not in said
     train(tiny, config_of(microbatch=32), out=tmp_path / "right")
     assert steps_of(tmp_path / "short") == steps_of(tmp_path / "right") == [1, 2, 3, 4, 5]
     assert same(tmp_path / "short", tmp_path / "right")
@@ -59,7 +60,9 @@ def test_a_planned_run_is_inside_and_as_good(tmp_path):
     with limit(budget * 1.02):  # the samples on the CPU count here, too
         train(tiny, config_of(budget=f"{budget} B"), out=tmp_path / "planned")
     plan = Plan.load(tmp_path / "planned" / "plan.toml")
-    assert plan.passes and plan.budget == budget and plan.peak <= budget
+    assert plan.passes
+    assert plan.budget == budget
+    assert plan.peak <= budget
     train(tiny, config_of(), out=tmp_path / "plain")
     assert same(tmp_path / "planned", tmp_path / "plain")
 
@@ -71,7 +74,8 @@ def test_a_plan_that_was_too_large_becomes_tighter(tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "the step runs again with a plan for" in said
     stored = Plan.load(tmp_path / "run" / "plan.toml")
-    assert stored.budget < budget and stored.passes
+    assert stored.budget < budget
+    assert stored.passes
     train(tiny, config_of(), out=tmp_path / "plain")
     assert same(tmp_path / "run", tmp_path / "plain")
     more = config_of(budget=f"{budget} B", steps=7)
@@ -102,19 +106,22 @@ def test_it_ends():
     warned = []
     with pytest.raises(memopt.MemoptError) as error:
         Guard(trainer, warn=warned.append).step(next(iter(trainer.loader(range(1)))))
-    assert recipe.calls == 4 and [w.rpartition(" ")[2] for w in warned] == ["4", "2", "1"]
+    assert recipe.calls == 4
+    assert [w.rpartition(" ")[2] for w in warned] == ["4", "2", "1"]
     text = str(error.value)
     assert (
         "out of memory in step 1 (CUDA out of memory. Tried to allocate it all.), and nothing smaller is left" in text
     )
-    assert "Tried: microbatches of 4; microbatches of 2; microbatches of 1." in text and "--allow" in text
+    assert "Tried: microbatches of 4; microbatches of 2; microbatches of 1." in text
+    assert "--allow" in text
 
 
 def test_nothing_is_held_of_what_failed():
     recipe = Hungry(2)
     trainer = Trainer(recipe, config_of(batch_size=8), data=None, cache=Path("unused"))
     Guard(trainer, warn=lambda text: None).step(next(iter(trainer.loader(range(1)))))
-    assert recipe.alive[:3] == [0, 0, 0] and len(recipe.held) == 2
+    assert recipe.alive[:3] == [0, 0, 0]
+    assert len(recipe.held) == 2
 
 
 class Normed(Hungry):
@@ -173,7 +180,8 @@ class TestCommandLine:
         arguments = ["train", str(TINY), "--out", str(tmp_path / "run"), "--steps", "2", "--batch-size", "64"]
         assert main([*arguments, "--budget", size, "--set", *sets]) == 0
         said = capsys.readouterr().out
-        assert "predicted peak" in said and "passes:" in said
+        assert "predicted peak" in said
+        assert "passes:" in said
         assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["budget"] == size
 
     def test_the_largest_batch(self, tmp_path, capsys):

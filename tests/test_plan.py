@@ -70,7 +70,8 @@ def test_a_step_stays_inside_its_budget_and_exact(deep, share):
     model, x, optimizer, plans = deep
     budget = int(share * plans.plain().peak)
     plan = plans.plan(budget)
-    assert plan.exact and plan.peak <= budget
+    assert plan.exact
+    assert plan.peak <= budget
     real = memopt.profile(model, x, loss=loss_of, optimizer=optimizer, passes=plan.passes, real=True)
     assert real.peak <= budget
     assert abs(plan.peak / real.peak - 1) < 0.03
@@ -106,7 +107,8 @@ def test_blocks_are_treated_one_by_one(deep):
     *_, plans = deep
     plan = plans.plan(int(0.75 * plans.plain().peak))
     treated = [set(p.blocks) for p in plan.passes if isinstance(p, (P.Checkpoint, P.OffloadActivations)) and p.blocks]
-    assert treated and all(not a & b for a, b in itertools.combinations(treated, 2))
+    assert treated
+    assert all(not a & b for a, b in itertools.combinations(treated, 2))
     assert set().union(*treated) < {f"blocks.{i}" for i in range(16)}
 
 
@@ -114,7 +116,8 @@ def test_on_slow_links_nothing_is_moved():
     model, x, optimizer = made()
     slow = {"flops": 1e12, "narrow_flops": 1e12, "bandwidth": 1e11, "link": 1e6}
     plan = memopt.plan(model, x, "6MiB", loss=loss_of, optimizer=optimizer, hardware=slow)
-    assert plan.passes and not any(isinstance(p, P.OffloadActivations) for p in plan.passes)
+    assert plan.passes
+    assert not any(isinstance(p, P.OffloadActivations) for p in plan.passes)
 
 
 def test_applied_by_name():
@@ -142,8 +145,10 @@ class TestDoesNotFit:
             memopt.plan(model, x, "10KiB", loss=loss_of, optimizer=optimizer, hardware="a100")
         text = str(error.value)
         assert "no plan fits 10.00 KiB. The smallest budget that one fits is " in text
-        assert "It is held by" in text and "the largest tensors: " in text
-        assert "Not exact, if allowed: amp lowers it to" in text and text.endswith("a smaller batch or microbatch.")
+        assert "It is held by" in text
+        assert "the largest tensors: " in text
+        assert "Not exact, if allowed: amp lowers it to" in text
+        assert text.endswith("a smaller batch or microbatch.")
         smallest = int(float(text.partition("one fits is ")[2].partition(" MiB")[0]) * 2**20) + 2**14
         assert memopt.plan(model, x, smallest, loss=loss_of, optimizer=optimizer, hardware="a100").peak <= smallest
 
@@ -155,7 +160,8 @@ class TestDoesNotFit:
             plans.plan(int(0.85 * floor))
         allowed = search(model, x, loss=loss_of, optimizer=optimizer, hardware="a100", allow=("amp",))
         plan = allowed.plan(int(0.85 * floor))
-        assert not plan.exact and P.AMP() in plan.passes
+        assert not plan.exact
+        assert P.AMP() in plan.passes
         assert "changes: " in str(plan)
         assert allowed.plan(floor).exact  # where exact ones suffice
 
@@ -330,7 +336,8 @@ class TestProgram:
         program = Program(steps)
         found = program.solve(budget)
         if best is None:
-            assert found is None and program.greedy(budget) is None
+            assert found is None
+            assert program.greedy(budget) is None
             return
         assert found.peak == peak(found.treatments) <= budget
         assert found.seconds <= best * 1.002
@@ -359,7 +366,10 @@ class TestHardware:
 
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         first = hardware.hardware_for(None, "cpu")
-        assert first.flops > 1e8 and first.bandwidth > 1e7 and not first.overlap and 0 < first.launch < 1e-2
+        assert first.flops > 1e8
+        assert first.bandwidth > 1e7
+        assert not first.overlap
+        assert 0 < first.launch < 1e-2
         monkeypatch.setattr(hardware, "measure", None)
         assert hardware.hardware_for(None, "cpu") == first
         (tmp_path / "memopt" / "hardware.json").write_text("{")

@@ -119,8 +119,8 @@ class HAE(Recipe[HAEConfig]):
             num_res_blocks=1,
             attention_resolutions=(4,),
             dropout=0.0,
-            # What a class says of an image shows where noise hides most of it, and there the error of the noise is small
-            # whatever the model knows: in 500 steps it would learn of nothing but noise.
+            # What a class says of an image shows where noise hides most of it, and there the error of the noise is
+            # small whatever the model knows: in so few steps it would learn of nothing but noise.
             weighting="image",
             steps=500,
             batch_size=16,

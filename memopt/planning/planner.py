@@ -11,6 +11,7 @@ whose step without recomputation is already slower than what was found is not lo
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,9 @@ from memopt.planning.solve import Program
 from memopt.registry import Context, Pass, resolve
 from memopt.units import format_bytes
 
+_INSTEAD = re.compile(
+    r"(Profile it on|If the model runs with these inputs, profile) true tensors: real=True, or --real\."
+)
 Say = Callable[[str], None]
 TREATMENTS = ("keep", "cheap", "full", "offload")
 ROUNDS = 6
@@ -143,7 +147,7 @@ class Search:
         if found is None:
             error = self._seen[repr(())]
             assert isinstance(error, MemoptError)
-            raise error
+            raise type(error)(_INSTEAD.sub("Plans are made on fake tensors alone.", str(error))) from error
         return found
 
     # --- sets ------------------------------------------------------------------------------------------------------
