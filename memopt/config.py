@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -11,6 +12,15 @@ from typing import Any, TypeVar
 from memopt.errors import InputError
 
 T = TypeVar("T")
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; another type alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(hint) in (tuple, list)
 
 
 def build(cls: type[T], values: Mapping[str, Any], *, what: str, base: T | None = None) -> T:
@@ -37,14 +47,10 @@ def build(cls: type[T], values: Mapping[str, Any], *, what: str, base: T | None 
             close = difflib.get_close_matches(name, fields, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise InputError(f"{what} has no option {name!r}.{hint} Options: {', '.join(fields) or 'none'}.")
-        choices = (hints[name], *typing.get_args(hints[name]))
+        choices = _members(hints[name])
         if isinstance(value, str) and value.lower() == "none" and type(None) in choices:
             value = None
-        elif (
-            isinstance(value, str)
-            and str not in choices
-            and any(typing.get_origin(choice) in (tuple, list) for choice in choices)
-        ):
+        elif isinstance(value, str) and str not in choices and any(map(_is_list, choices)):
             value = tuple(part.strip() for part in value.split(",") if part.strip())
         given[name] = value
     try:

@@ -186,9 +186,10 @@ class Tracker(Ledger):
         self.transferred += tensor.untyped_storage().nbytes() * (1 if tier == "device" else 2)
 
     def worked(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        self.costs.append(cost_of(func, args, kwargs, result))
+        self.costs[-1] = cost_of(func, args, kwargs, result)
 
     def begin(self, func: Any) -> None:
+        self.costs.append(Cost())  # of one that raises
         self.names.append(func._schema.name.replace("::", "."))
         self.paths.append(self._path if self._stack else self._backward_path())
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memopt.hardware import Hardware
-from memopt.memory.cost import Cost
 from memopt.memory.profiler import Watched
 from memopt.memory.timeline import Story
 
@@ -125,11 +124,3 @@ def _ends(phases: Sequence[tuple[str, int, int]], at: list[int]) -> dict[int, li
             for block, begin in forward.items():
                 found.setdefault(block, []).append((begin, last.get(block, begin)))
     return found
-
-
-def total_cost(costs: Sequence[Cost]) -> Cost:
-    """The sum of many."""
-    total = Cost()
-    for cost in costs:
-        total += cost
-    return total

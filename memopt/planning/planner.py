@@ -98,7 +98,6 @@ class Search:
         hardware: what its time is estimated by.
         allow: ``exact``, and names of passes that are not.
         given: passes that are part of every plan.
-        profile: runs a step with passes; watch_work on fake tensors unless a test says otherwise.
         say: told what goes on.
     """
 
@@ -256,8 +255,8 @@ class Search:
         return None if program is None else self._mixture(base, program, budget, best)
 
     def _may_fit(self, base: tuple[Pass, ...], budget: int) -> bool:
-        """Whether the treatments that save most come near the budget, and the optimizer's step does, which none has
-        to do with."""
+        """Whether the optimizer's step is within the budget, which no treatment changes, and those that save most
+        come near it."""
         keep = self.look(base)
         steps = [size for (phase, *_), size in keep.costs.moments.items() if phase == "optimizer"] if keep else []
         if max(steps, default=0) > budget:
@@ -272,6 +271,10 @@ class Search:
     ) -> Candidate | None:
         """The fastest mixture of treatments whose profile is within the budget, asked for one after another."""
         found: Candidate | None = None
+        for name in program.names:  # all blocks alike is a mixture, too
+            alike = self.look((*base, *self._treated({name: self.blocks})))
+            if alike is not None and alike.peak <= budget:
+                found = _faster(found, alike)
         low, high, target = 0.0, float("inf"), float(budget)  # what was asked for and fitted, or did not
         bound = 0.0  # the modelled time of what did not fit, which nothing that fits can be much below
         for _ in range(ROUNDS):
@@ -280,8 +283,8 @@ class Search:
                 low = max(low, target)
                 guess = target * 1.03
             else:
-                if found is None and best is not None and choice.seconds >= best.seconds * CLEARLY:
-                    return None
+                if any(c is not None and choice.seconds >= c.seconds * CLEARLY for c in (found, best)):
+                    break
                 tried = self.look((*base, *self._treated(self._by(choice.treatments))))
                 if tried is None:
                     return found
