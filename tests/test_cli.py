@@ -68,7 +68,18 @@ def label(volume):
 
 
 def train_hae(tmp_path, *more):
-    return ["train", HAE, "--out", tmp_path / "run", "--cache", tmp_path / "cache", "--set", "image_size=16", *more]
+    return [
+        "train",
+        HAE,
+        "--out",
+        tmp_path / "run",
+        "--cache",
+        tmp_path / "cache",
+        "--set",
+        "slice_step=1",
+        "image_size=16",
+        *more,
+    ]
 
 
 DATA = {

@@ -210,7 +210,7 @@ def test_the_model_is_called_once_a_step_on_twice_the_slices(place, run, finding
     assert f"translating test {STEPS * BATCHES}/{STEPS * BATCHES}\n" in text
     assert "translating validation" not in text
     assert contents(tmp_path / "other", ["batches/test/*"]) == contents(out, ["batches/test/*"])
-    assert findings[0].rows == findings[1].rows
+    assert repr(findings[0].rows) == repr(findings[1].rows)  # some may be nan
     # With the baselines, batches in which the reconstruction's start is missing are computed, and agree.
     maps = arrays(out, "test")["map"]
     with Calls() as calls:
@@ -348,17 +348,17 @@ def test_noise_depends_on_the_slice_alone(place, run, findings, tmp_path):
 def test_the_validation_split_can_be_shown_itself(place, run, findings, tmp_path):
     out = translate(place, run, "--split", "val", *QUICK)
     best = GRID.index(choices(run)["chosen"]["guidance"])
+    judges = [choices(run)["chosen"]["score"]]
     for w in (GRID[0], GRID[-1]):
         translate(place, run, "--split", "val", "--guidance", w, *QUICK, "--out", tmp_path / f"{w}")
+        judges.append(choices(run)["chosen"]["score"])
     seen, weakest, strongest = findings
     assert (seen.slices.split, list(seen.slices.patients)) == ("val", names("val"))
     validation = [load_file(f) for f in sorted((out / "batches" / "validation").glob("*.safetensors"))]
     curves = [np.concatenate([batch[name] for batch in validation], axis=1) for name in CURVES]
-    score = choices(run)["chosen"]["score"]
-    scores = [judge(*(curve[i] for curve in curves), score) for i in range(len(GRID))]
-    for found, expected in ((seen, scores[best]), (weakest, scores[0]), (strongest, scores[-1])):
-        assert np.array_equal(found.ours.scores, expected)
-    assert not np.array_equal(scores[0], scores[-1])
+    for found, i, score in zip((seen, weakest, strongest), (best, 0, -1), judges, strict=True):
+        assert np.array_equal(found.ours.scores, judge(*(curve[i] for curve in curves), score))
+    assert not np.array_equal(weakest.ours.scores, strongest.ours.scores)
     assert 0 < seen.ours.unhealthy.sum() < SHAPE[2]
     assert seen.ours.masks.any()
     assert not seen.ours.masks[~seen.ours.unhealthy].any()

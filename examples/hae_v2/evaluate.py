@@ -68,13 +68,6 @@ def choose_threshold(scores: Array, labels: Array, what: str = "validation") -> 
     return Threshold(float(value), float(roc_auc_score(labels, scores)), margin)
 
 
-def standard_error(auroc: float, positive: int, negative: int) -> float:
-    """Of an AUROC from so many cases of each kind (Hanley and McNeil, Radiology 143, 1982, equation 2)."""
-    one, two = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
-    spread = auroc * (1 - auroc) + (positive - 1) * (one - auroc**2) + (negative - 1) * (two - auroc**2)
-    return float(np.sqrt(max(0.0, spread) / (positive * negative)))
-
-
 def drop_small(masks: NDArray[np.bool_], smallest: float | None = None) -> NDArray[np.bool_]:
     """Masks [N, H, W] without their connected components (also over corners) of fewer than `smallest` pixels."""
     from scipy.ndimage import label

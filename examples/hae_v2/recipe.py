@@ -139,7 +139,6 @@ class HAE(Recipe[HAEConfig]):
             # A pixel here is the mean of 16 of the full model's, with a sixteenth of their noise's variance: as much is
             # hidden at 344 as is at 600 there (Hoogeboom et al., arXiv 2301.11093, section 2).
             translate_until=344,
-            translate_passes=("outer_product", "inference_mode", "amp"),
         ),
         "brats128": HAEConfig(
             steps=100_000,

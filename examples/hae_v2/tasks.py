@@ -34,7 +34,7 @@ from memopt.training import seed_for
 from .batches import Arrays, Batches
 from .data import SliceDataset, read_index
 from .diffusion import Diffusion
-from .evaluate import Threshold, by_threshold, choose_threshold, drop_small, evaluate, map_scores, standard_error
+from .evaluate import Threshold, by_threshold, choose_threshold, drop_small, evaluate, map_scores
 from .results import Curves, Findings, Method, Slices
 from .simulate import MODALITIES
 from .translation import Algorithm, Batch, Score, judge, reconstruct, segment, smooth, translate
@@ -57,7 +57,7 @@ class TranslateConfig(Algorithm, TaskConfig):
     split: Literal["test", "val", "train"] = "test"
     """The slices to translate and evaluate."""
     guidance: float | Literal["auto"] = "auto"
-    """Strength w; auto: the weakest of the grid with which validation's scores separate the classes as well as any."""
+    """Strength w; auto: the one of the grid with which validation's scores separate the classes best."""
     grid: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0)
     """Strengths to choose from; all of them take one pass."""
     score: Score | Literal["auto"] = "auto"
@@ -233,7 +233,7 @@ class _Translation:
             for score in options.judges
             for i in range(len(options.strengths))
         }
-        score, best = self._chosen(found, slices.labels)
+        score, best = max(found, key=lambda key: (found[key].auroc, found[key].margin))
         choice, guidance = found[score, best], options.strengths[best]
         baselines = {}
         if options.baselines:
@@ -257,19 +257,6 @@ class _Translation:
             write_text(file, json.dumps({"settings": known, "chosen": dataclasses.asdict(chosen)}, indent=1))
         job.accelerator.wait_for_everyone()
         return chosen
-
-    def _chosen(self, found: dict[tuple[Score, int], Threshold], labels: NDArray[np.bool_]) -> tuple[Score, int]:
-        """The score that separates best, and the weakest guidance that does so as well, to one standard error.
-
-        Stronger guidance shows in the maps what the class does elsewhere than at the lesion; so few slices cannot tell
-        one strength from another by a hair (the one-standard-error rule of Breiman et al., 1984).
-        """
-        score, best = max(found, key=lambda key: (found[key].auroc, found[key].margin))
-        auroc, sick = found[score, best].auroc, int(labels.sum())
-        least = auroc - standard_error(auroc, sick, len(labels) - sick)
-        strengths = self.options.strengths
-        near = [i for i in range(len(strengths)) if found[score, i].auroc >= least]
-        return score, min(near, key=lambda i: (abs(strengths[i]), i))
 
     def translate(self, split: _Split, strengths: tuple[float, ...], name: str) -> Batches:
         """Each batch's arrays, those of `Translated` with an axis of strengths before, and the encoded slices."""
