@@ -276,6 +276,19 @@ def test_prepared_folder_is_reused_only_if_it_matches(raw, tmp_path):
     assert not set(before.items()) & set(state().items())
 
 
+def test_only_some_slices(raw, tmp_path):
+    every, some = prepare(raw, tmp_path / "every", 16), prepare(raw, tmp_path / "some", 16, slice_step=3)
+    for split in ("train", "val", "test"):
+        whole, part = SliceDataset(every, split), SliceDataset(some, split)
+        for patient in range(len(whole.patients)):
+            of_all, of_some = whole.patient == patient, part.patient == patient
+            assert np.array_equal(part.slices[of_some], whole.slices[of_all][::3])
+            assert np.array_equal(part.images[of_some], whole.images[of_all][::3])
+            assert np.array_equal(part.masks[of_some], whole.masks[of_all][::3])
+    with pytest.raises(InputError, match="slice step 0: give a positive number of slices"):
+        prepare(raw, tmp_path / "none", 16, slice_step=0)
+
+
 def test_interrupted_preparation_goes_on(raw, tmp_path):
     broken = file_of(raw, 3, "t1")
     whole = broken.read_bytes()

@@ -32,6 +32,21 @@ def test_noise_and_loss_are_the_textbook_ones():
     torch.testing.assert_close(loss, (x_t - eps).square().mean(dim=(1, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
+def test_the_error_of_the_image_instead_of_the_noise():
+    diffusion = Diffusion()
+    t = torch.arange(1000)
+    weights = diffusion.image_weight(t)
+    torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
+    assert (weights.diff() >= 0).all()
+    # Where it is not limited, the weighted error of the noise is the error of the image, to a factor.
+    x0, eps, guess = (torch.rand(300, 2, 4, 4, dtype=torch.float64) for _ in range(3))
+    x_t = diffusion.noise(x0, t[:300], eps)
+    images = torch.stack([diffusion.image(x, i, e) for i, (x, e) in enumerate(zip(x_t, guess, strict=True))])
+    ratio = diffusion.loss(images, x0) / (diffusion.loss(guess, eps) * weights[:300])
+    torch.testing.assert_close(ratio, ratio[:1].expand(300), rtol=1e-3, atol=0)
+    assert weights[999] / weights[299] > 1
+
+
 def test_sampling_takes_one_call_for_each_step():
     model, seen = Counting(), []
     weights = [0.0, 1.0, 3.0]
