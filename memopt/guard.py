@@ -168,7 +168,7 @@ def plan_for(
     from memopt.estimate import default_device, quiet, recipe_work
     from memopt.hardware import hardware_for
     from memopt.planning import Plan
-    from memopt.planning.planner import Search, search_work
+    from memopt.planning.planner import Search
     from memopt.recipe import parse_passes
     from memopt.units import parse_bytes
 
@@ -179,7 +179,7 @@ def plan_for(
         if not made:
             work = recipe_work(recipe, config, train=True, device=device, real=False, data=data, cache=cache)
             made.append(
-                search_work(
+                Search(
                     work,
                     train=True,
                     device=device,

@@ -20,8 +20,14 @@ from tests.training_jobs import ROOT
 
 HAE = ROOT / "examples" / "hae_v2"
 PATIENTS, SHAPE, LESION = 10, (40, 40, 6), (2, 5)
-TINY = ["image_size=16", "slice_step=1", "model_channels=32", "channel_mult=1,1", "attention_resolutions=2"]
-TINY += ["sample_steps=2"]
+TINY = [
+    "image_size=16",
+    "slice_step=1",
+    "model_channels=32",
+    "channel_mult=1,1",
+    "attention_resolutions=2",
+    "sample_steps=2",
+]
 """A model of 400,000 parameters."""
 SHORT = [
     "steps=24",

@@ -306,7 +306,7 @@ def test_whatever_is_planned_is_inside_and_exact(kinds, width, rows, share):
 class TestProgram:
     @staticmethod
     def step(blocks, moments):
-        return StepCosts((), 0, sum(b.seconds for b in blocks), tuple(blocks), moments, 0, 0, None)
+        return StepCosts(0, sum(b.seconds for b in blocks), tuple(blocks), moments, None)
 
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(data=st.data())

@@ -85,9 +85,9 @@ def search_of(about: subject.Subject, allow: str, hardware: str | None, say: Any
     """The search for plans of what the command line speaks of."""
     from memopt.cli.options import pass_names
     from memopt.hardware import hardware_for
-    from memopt.planning.planner import search_work
+    from memopt.planning.planner import Search
 
-    return search_work(
+    return Search(
         about.work(device=about.device, real=False),
         train=about.train,
         device=about.device,

@@ -13,12 +13,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_NOT_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "alias")
-_IN_PLACES = {"split", "split_with_sizes", "chunk", "unbind", "set_", "resize_", "_unsafe_view", "_reshape_alias"}
+_FREE = frozenset(
+    [
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "detach",
+        "lift_fresh",
+        "alias",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "set_",
+        "resize_",
+        "_unsafe_view",
+        "_reshape_alias",
+    ]
+)
+"""Operations that neither read nor write values."""
 
 
 class Cost(NamedTuple):
-    """The work of an operation, or of many."""
+    """The work of an operation."""
 
     flops: int = 0
     """In matrix products, convolutions and attention."""
@@ -27,10 +46,7 @@ class Cost(NamedTuple):
     bytes: int = 0
     """Read and written."""
     calls: int = 0
-    """Operations that do anything."""
-
-    def __add__(self, other: Any) -> Cost:
-        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
+    """1 if it does anything."""
 
 
 @functools.cache
@@ -39,7 +55,7 @@ def _kind(func: Any) -> tuple[bool, Any]:
     from torch.utils.flop_counter import flop_registry
 
     name = func._schema.name.partition("::")[2]
-    free = getattr(func, "is_view", False) or name in _NOT_WORK or name in _IN_PLACES
+    free = getattr(func, "is_view", False) or name in _FREE
     return not free, flop_registry.get(func._overloadpacket)
 
 

@@ -176,8 +176,12 @@ def watch_work(
     real: bool = False,
     rounding: int | None = None,
     waits: int = 16,
+    weigh: bool = False,
 ) -> Watched:
-    """Run a step under a tracker, and say what it saw; arguments as for :func:`profile`."""
+    """Run a step under a tracker, and say what it saw; arguments as for :func:`profile`.
+
+    ``weigh``: note the work of each operation, too.
+    """
     _check_steps(work.optimizer)
     placed = {t.device.type for t in work.model.parameters()} or {"cpu"}
     kind = _kind(device) if device is not None else "cpu" if "meta" in placed else sorted(placed)[-1]
@@ -187,7 +191,7 @@ def watch_work(
         rounding = 512 if kind == "cuda" else 1
     passes = [passes] if isinstance(passes, (str, Mapping, Pass)) else list(passes)
     with torch.inference_mode(False):
-        run, tracker = (_on_the_model if real else _on_fakes)(work, train, kind, passes, rounding)
+        run, tracker = (_on_the_model if real else _on_fakes)(work, train, kind, passes, rounding, weigh)
     story = tell(tracker, run.work.model, waits=waits)
     return Watched(tracker, story, run.work.model, kind, rounding, run.passes, run.assumptions)
 
@@ -246,6 +250,7 @@ class _Run:
     device: str
     """Of the tensors that are counted."""
     rounding: int
+    weigh: bool
     values: Callable[[], Any] = contextlib.nullcontext
     """Entered around the optimizer's step, which on fake tensors asks for values."""
     fakes: bool = False
@@ -265,7 +270,7 @@ class _Run:
             for tensor in (*_leaves(work.batch), *(() if work.optimizer else work.model.parameters())):
                 tensor.grad = None
             tracker = Tracker(work.model, rounding=self.rounding, device=self.device, fakes=self.fakes)
-            tracker.twin = self.twin
+            tracker.twin, tracker.weigh = self.twin, self.weigh
             with tracker, contextlib.ExitStack() as stack:
                 tracker.own_model()
                 if work.optimizer is not None:
@@ -319,7 +324,9 @@ class _Run:
         return loss
 
 
-def _on_fakes(work: Work, train: bool, kind: str, passes: Sequence[Any], rounding: int) -> tuple[_Run, Tracker]:
+def _on_fakes(
+    work: Work, train: bool, kind: str, passes: Sequence[Any], rounding: int, weigh: bool
+) -> tuple[_Run, Tracker]:
     mode = fake.mode_of(work.model) or fake.new_mode()
     with core.without_passes(work.model) as active:
         given = {id(o): o for o in (work.optimizer, *active.optimizers) if o is not None}
@@ -334,7 +341,7 @@ def _on_fakes(work: Work, train: bool, kind: str, passes: Sequence[Any], roundin
                 "Profile it on true tensors: real=True, or --real."
             ) from error
     corrected = corrections.Corrected(copies)
-    run = _Run(twin, train, "cpu", rounding, values=corrected.answering, fakes=True, twin=corrected.twin)
+    run = _Run(twin, train, "cpu", rounding, weigh, values=corrected.answering, fakes=True, twin=corrected.twin)
     with mode, corrected, contextlib.ExitStack() as stack:
         notes = stack.enter_context(cuda.kernels()) if kind == "cuda" else ()
         kept = core.apply(twin.model, active.passes, optimizer=optimizers or None, missing="skip")
@@ -345,8 +352,10 @@ def _on_fakes(work: Work, train: bool, kind: str, passes: Sequence[Any], roundin
         return run, tracker
 
 
-def _on_the_model(work: Work, train: bool, kind: str, passes: Sequence[Any], rounding: int) -> tuple[_Run, Tracker]:
-    run = _Run(work, train, kind, rounding)
+def _on_the_model(
+    work: Work, train: bool, kind: str, passes: Sequence[Any], rounding: int, weigh: bool
+) -> tuple[_Run, Tracker]:
+    run = _Run(work, train, kind, rounding, weigh)
     with restored(work.model, work.optimizer, work.extra, list(_leaves(work.batch))):
         active = core.active_passes(work.model).passes
         with core.apply(work.model, list(passes), optimizer=work.optimizer) as handle:

@@ -89,7 +89,8 @@ class Tracker(Ledger):
         self.paths: list[str] = []
         """Path of the module each operation ran in."""
         self.costs: list[Cost] = []
-        """The work of each operation."""
+        """The work of each operation, if it is weighed."""
+        self.weigh = False
         self.transferred = 0
         """Bytes that went to other tiers and came from there."""
         self.phases: list[tuple[str, int, int]] = []
@@ -186,7 +187,8 @@ class Tracker(Ledger):
         self.transferred += tensor.untyped_storage().nbytes() * (1 if tier == "device" else 2)
 
     def worked(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        self.costs[-1] = cost_of(func, args, kwargs, result)
+        if self.weigh:
+            self.costs[-1] = cost_of(func, args, kwargs, result)
 
     def begin(self, func: Any) -> None:
         self.costs.append(Cost())  # of one that raises

@@ -75,7 +75,7 @@ def search(
     from memopt.errors import InputError
     from memopt.hardware import hardware_for
     from memopt.memory.profiler import make_work
-    from memopt.planning.planner import search_work
+    from memopt.planning.planner import Search
 
     if isinstance(model, nn.Module) and (active := core.active_passes(model).passes):
         raise InputError(
@@ -85,7 +85,7 @@ def search(
     work = make_work(model, inputs, train=train, loss=loss, optimizer=optimizer)
     placed = sorted({p.device.type for p in model.parameters()} - {"meta"}) or ["cpu"]
     kind = device or placed[-1]
-    return search_work(
+    return Search(
         work,
         train=train,
         device=kind,

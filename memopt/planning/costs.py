@@ -35,16 +35,12 @@ class BlockCosts:
 class StepCosts:
     """One step, all blocks treated alike. Bytes and seconds."""
 
-    passes: tuple[str, ...]
     peak: int
     seconds: float
     """Estimated time of the step."""
     blocks: tuple[BlockCosts, ...]
     moments: dict[Moment, int]
     """The most in use in each moment, without what waiting blocks have kept."""
-    kept: int
-    transferred: int
-    """Bytes to and from host memory."""
     story: Story
 
 
@@ -63,13 +59,10 @@ def costs_of(watched: Watched, blocks: Sequence[str], hardware: Hardware) -> Ste
     found = tuple(BlockCosts(kept.get(path, 0), seconds[i]) for path, i in number.items())
     total = sum(works)
     return StepCosts(
-        passes=watched.passes,
         peak=story.peak,
         seconds=total + hardware.exposed(tracker.transferred, total),
         blocks=found,
         moments=_moments(watched, at, [block.kept for block in found]),
-        kept=story.kept,
-        transferred=tracker.transferred,
         story=story,
     )
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memopt.errors import DoesNotFit
-from memopt.passes import Checkpoint
 from memopt.units import format_bytes
 
 if TYPE_CHECKING:
@@ -54,7 +52,7 @@ def by_hand(search: Search) -> list[Point]:
         chosen = search.blocks[::k]
         if len(chosen) < 2 and k > 1:
             break
-        tried = search.look([Checkpoint(blocks=tuple(map(glob.escape, chosen)))]) if chosen else None
+        tried = search.look(search.treated({"full": chosen})) if chosen else None
         if tried is not None:
             every = "every block" if k == 1 else f"one block in {k}"
             found.append(Point(f"checkpoint {every}", tried.peak, tried.seconds, "by hand"))

@@ -94,7 +94,6 @@ class Search:
     Args:
         work: the step, without passes.
         train, device: as for ``memopt.profile``.
-        inputs: what a plan says of its inputs.
         hardware: what its time is estimated by.
         allow: ``exact``, and names of passes that are not.
         given: passes that are part of every plan.
@@ -107,13 +106,12 @@ class Search:
         *,
         train: bool,
         device: str,
-        inputs: str,
         hardware: Hardware,
         allow: Sequence[str] = ("exact",),
         given: Sequence[Any] = (),
         say: Say = lambda text: None,
     ) -> None:
-        self.work, self.train, self.device, self.inputs = work, train, device, inputs
+        self.work, self.train, self.device = work, train, device
         self.hardware, self.say = hardware, say
         self.allow = check_allow(allow)
         self.given = tuple(pass_ for like in given for pass_ in resolve(like))
@@ -133,7 +131,9 @@ class Search:
             self.say(f"profile {self.profiles}: {', '.join(map(describe, passes)) or 'no passes'}")
             try:
                 with torch.random.fork_rng():
-                    watched = watch_work(self.work, train=self.train, device=self.device, passes=[*self.given, *passes])
+                    watched = watch_work(
+                        self.work, train=self.train, device=self.device, passes=[*self.given, *passes], weigh=True
+                    )
                 self._seen[key] = Candidate(passes, costs_of(watched, self.blocks, self.hardware))
             except MemoptError as error:
                 self._seen[key] = error
@@ -198,7 +198,7 @@ class Search:
         if key not in self._programs:
             steps = {}
             for treatment in self._treatments(base):
-                found = self.look((*base, *self._treated({treatment: self.blocks})))
+                found = self.look((*base, *self.treated({treatment: self.blocks})))
                 if found is not None and (treatment == "keep" or self.blocks):
                     steps[treatment] = found.costs
             self._programs[key] = Program(steps) if "keep" in steps else None
@@ -210,7 +210,7 @@ class Search:
         away = any(isinstance(pass_, OffloadActivations) for pass_ in base)  # what is kept is away already
         return TREATMENTS[:-1] if away else TREATMENTS
 
-    def _treated(self, by: dict[str, list[str]]) -> list[Pass]:
+    def treated(self, by: dict[str, list[str]]) -> list[Pass]:
         """The passes that treat blocks so."""
         found: list[Pass] = []
         for policy in ("cheap", "full"):
@@ -262,7 +262,7 @@ class Search:
         if max(steps, default=0) > budget:
             return False
         names = [name for name in self._treatments(base) if name in ("full", "offload")]
-        strong = [self.look((*base, *self._treated({name: self.blocks}))) for name in names]
+        strong = [self.look((*base, *self.treated({name: self.blocks}))) for name in names]
         peaks = [found.peak for found in strong if found is not None]
         return bool(self.blocks) and any(peak * NEAR <= budget for peak in peaks)
 
@@ -272,7 +272,7 @@ class Search:
         """The fastest mixture of treatments whose profile is within the budget, asked for one after another."""
         found: Candidate | None = None
         for name in program.names:  # all blocks alike is a mixture, too
-            alike = self.look((*base, *self._treated({name: self.blocks})))
+            alike = self.look((*base, *self.treated({name: self.blocks})))
             if alike is not None and alike.peak <= budget:
                 found = _faster(found, alike)
         low, high, target = 0.0, float("inf"), float(budget)  # what was asked for and fitted, or did not
@@ -285,7 +285,7 @@ class Search:
             else:
                 if any(c is not None and choice.seconds >= c.seconds * CLEARLY for c in (found, best)):
                     break
-                tried = self.look((*base, *self._treated(self._by(choice.treatments))))
+                tried = self.look((*base, *self.treated(self._by(choice.treatments))))
                 if tried is None:
                     return found
                 if tried.peak <= budget:
@@ -362,7 +362,7 @@ class Search:
             plain_peak=plain.peak,
             plain_seconds=plain.seconds,
             fingerprint=fingerprint(self.work.model),
-            inputs=self.inputs,
+            inputs=describe_inputs(self.work.batch),
             train=self.train,
             device=self.device,
             hardware=self.hardware.name,
@@ -376,7 +376,7 @@ class Search:
         found = self.plain()
         for base in [*self.sets(False)[-2:], *(self.sets(True)[-2:] if lossy else ())]:
             for treatment in ("keep", "full"):
-                tried = self.look((*base, *self._treated({treatment: self.blocks})))
+                tried = self.look((*base, *self.treated({treatment: self.blocks})))
                 if tried is not None and tried.peak < found.peak:
                     found = tried
         return found
@@ -414,11 +414,6 @@ class Search:
         smaller = "a smaller batch or microbatch" if self.train else "a smaller batch"
         lines.append(f"Else give a larger budget or {smaller}.")
         return " ".join(lines)
-
-
-def search_work(work: Work, *, train: bool, device: str, **how: Any) -> Search:
-    """A search for plans of a step that the caller describes; ``how``: further arguments of Search."""
-    return Search(work, train=train, device=device, inputs=describe_inputs(work.batch), **how)
 
 
 def check_allow(allow: Sequence[str]) -> tuple[str, ...]:

@@ -41,9 +41,7 @@ class Program:
         self.names = tuple(steps)
         self.steps = steps
         self.count = len(steps["keep"].blocks)
-        keep = steps["keep"]
-        outside = keep.seconds - sum(block.seconds for block in keep.blocks)
-        self.fixed = outside
+        self.fixed = steps["keep"].seconds - sum(block.seconds for block in steps["keep"].blocks)
         self.seconds = np.array([[self._seconds(name, i) for name in self.names] for i in range(self.count)])
         self.kept = np.array([[steps[name].blocks[i].kept for name in self.names] for i in range(self.count)])
         self.rows, self.base = self._rows()
@@ -52,7 +50,7 @@ class Program:
         step, keep = self.steps[name], self.steps["keep"]
         # What a treatment costs outside the blocks, copies to the host, is shared among them by what it moves.
         inside = sum(b.seconds for b in step.blocks)
-        more = (step.seconds - inside) - (keep.seconds - sum(b.seconds for b in keep.blocks))
+        more = (step.seconds - inside) - self.fixed
         less = [max(0, k.kept - b.kept) for k, b in zip(keep.blocks, step.blocks, strict=True)]
         share = less[block] / sum(less) if sum(less) else 1 / max(1, self.count)
         return step.blocks[block].seconds + max(0.0, more) * share
