@@ -26,7 +26,7 @@ from memopt.memory.cost import Cost
 REACHED = 0.6
 BESIDE = 0.1
 """Share of their time that copies beside a computation cost it: both use the device's memory."""
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Hardware:
     bandwidth: float
     """Bytes per second that the device reads and writes in its memory."""
     link: float
-    """Bytes per second between the device and the host, one way."""
+    """Bytes per second between the device and where passes move them, one way: a GPU's host, a CPU's files."""
     overlap: bool = False
     """Whether copies to and from the host run beside the computation."""
     launch: float = 0.0
@@ -174,13 +174,33 @@ def measure(device: str, name: str) -> Hardware:
         large = torch.zeros(1 << (28 if cuda else 25), dtype=torch.uint8, device=device)
         other = torch.zeros_like(large)
         bandwidth = 2 * large.numel() / best(lambda: other.copy_(large))
-        host = torch.zeros(large.numel(), dtype=torch.uint8, pin_memory=cuda)
-        link = large.numel() / best(lambda: host.copy_(large))
+        if cuda:
+            host = torch.zeros(large.numel(), dtype=torch.uint8, pin_memory=True)
+            link = large.numel() / best(lambda: host.copy_(large))
+        else:
+            link = 2 * large.numel() / _through_a_file(large, best)
         small = torch.zeros(16, device=device)
         launch = best(lambda: [small.add(1) for _ in range(1000)]) / 1000
     return Hardware(
         name=name, flops=wide, narrow_flops=narrow, bandwidth=bandwidth, link=link, overlap=cuda, launch=launch
     )
+
+
+def _through_a_file(flat: torch.Tensor, best: Callable[..., float]) -> float:
+    """Seconds for a tensor to be written to a file and read again, as the passes do it."""
+    from memopt.transfer import Mover
+
+    mover = Mover("disk")
+
+    def run() -> None:
+        parked = mover.out(flat)
+        mover.worker.drain()  # else it would come back from the buffer that waits to be written
+        parked.get()
+
+    try:
+        return best(run, 3)
+    finally:
+        mover.close()
 
 
 def _wait(cuda: bool) -> None:

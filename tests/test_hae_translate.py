@@ -36,6 +36,7 @@ from tests.test_cli import fails
 
 QUICK = ["--baselines", "false", "--nifti", "false"]
 STEPS, BATCH, GRID = 3, 4, (1.0, 2.0, 5.0, 10.0, 20.0, 40.0)
+MAP = 1.0  # the strength of maps in quickstart
 SCORES = ("cosine", "ratio", "difference")
 CURVES = ("difference", "healthy", "null")
 TEST = [(name, z) for name in names("test") for z in range(SHAPE[2])]
@@ -89,13 +90,13 @@ def table(file):
         return list(csv.DictReader(lines))
 
 
-def arrays(out, split):
-    """The batches of a split, joined along slices; arrays of one strength only."""
+def arrays(out, split, strength=0):
+    """The batches of a split, joined along slices; of one strength: the score's is the first, the map's the last."""
     files = sorted((out / "batches" / split).glob("batch_*.safetensors"))
     assert files
     loaded = [load_file(file) for file in files]
     return {
-        name: np.concatenate([batch[name] if name == "encoded" else batch[name][0] for batch in loaded])
+        name: np.concatenate([batch[name] if name == "encoded" else batch[name][strength] for batch in loaded])
         for name in loaded[0]
     }
 
@@ -119,19 +120,20 @@ def test_validation_chooses(place):
     best = max(tried, key=lambda key: (tried[key].auroc, tried[key].margin))
     assert (chosen["score"], chosen["guidance"]) == best
     assert chosen["threshold"] == tried[best].value
-    assert chosen["largest"] == peaks[GRID.index(best[1])].max() > 0
+    assert chosen["largest"] == peaks[GRID.index(MAP)].max() > 0
     assert chosen["baselines"].keys() == {"FLAIR intensity", "reconstruction (DDIB)"}
     assert 0.4 < chosen["baselines"]["FLAIR intensity"] < 1  # healthy tissue is below 0.45 of the lesions
 
 
 def test_the_figures_are_those_of_the_slices(place):
     out, chosen = place / "trained" / "translate", choices(place / "trained")["chosen"]
-    found = arrays(out, "test")
+    found, shown = arrays(out, "test"), arrays(out, "test", -1)
     assert found["difference"].shape == (len(TEST), STEPS, 2)
+    assert not np.array_equal(found["map"], shown["map"])
     lines = table(out / "slices.csv")
     assert [(line["patient"], int(line["slice"])) for line in lines] == TEST
     scores = judge(*(found[name] for name in CURVES), chosen["score"])
-    for line, (_, z), score, peak in zip(lines, TEST, scores, found["peak"], strict=True):
+    for line, (_, z), score, peak in zip(lines, TEST, scores, shown["peak"], strict=True):
         assert line["label"] == ("unhealthy" if z in range(*LESION) else "healthy")
         assert line["verdict"] == ("unhealthy" if score > chosen["threshold"] else "healthy")
         assert float(line["score"]) == pytest.approx(score, rel=1e-6)
@@ -157,6 +159,7 @@ def test_pictures_volumes_and_a_page_are_left(place):
     page = (out / "report.html").read_text()
     for text in (
         f"w = {chosen['guidance']:g}, chosen by validation",
+        f"map&#x27;s guidance</th><td>w = {MAP:g}<",
         f"{len(TEST)} axial slices of 2 patients",
         f"{chosen['threshold']:.4g}",
         *(f"(step 24, SHA-256 {choices(place / 'trained')['settings']['weights'][:16]})", *names("test")),
@@ -372,6 +375,22 @@ def test_strength_and_modalities_can_be_given(place, run, findings):
     assert arrays(out, "test")["difference"].shape == (len(TEST), STEPS, 1)
     assert findings[0].curves.modalities == ("t1",)
     assert json.loads((out / "batches" / "test" / "settings.json").read_text())["strengths"] == [1.5]
+
+
+def test_maps_may_have_a_strength_of_their_own(place, run, findings, tmp_path):
+    translate(place, run, *QUICK, "--out", tmp_path / "usual")
+    with Calls() as calls:
+        translate(place, run, "--map-guidance", "5", *QUICK, "--out", tmp_path / "other")
+    of_validation = [2 * BATCH] * STEPS + [2 * (SHAPE[2] - BATCH)] * STEPS
+    assert calls.sizes == [2, *of_validation, *[2 * BATCH] * (STEPS * BATCHES)]  # no call more for it
+    translate(place, run, "--guidance", "5", *QUICK, "--out", tmp_path / "five")
+    usual, other, five = findings
+    assert np.array_equal(other.ours.scores, usual.ours.scores)
+    assert not np.array_equal(other.ours.scores, five.ours.scores)
+    assert not np.array_equal(other.ours.maps, usual.ours.maps)
+    assert np.array_equal(other.ours.maps, five.ours.maps)
+    assert np.array_equal(other.curves.difference, five.curves.difference)
+    assert (other.about["map's guidance"], five.about["map's guidance"]) == ("w = 5", "w = 5")
 
 
 def test_patients_without_lesions_are_evaluated(place, run, tmp_path):

@@ -69,6 +69,8 @@ class HAEConfig(TrainConfig):
     """Calls of the model in a translation."""
     translate_until: int = 600
     """The timesteps of a translation end before this one."""
+    translate_map_guidance: float | None = None
+    """Strength w of a translation's maps; None: that of its score."""
     translate_passes: tuple[str, ...] = ("outer_product", "inference_mode")
     """memopt passes of a translation."""
 
@@ -139,6 +141,8 @@ class HAE(Recipe[HAEConfig]):
             # A pixel here is the mean of 16 of the full model's, with a sixteenth of their noise's variance: as much is
             # hidden at 344 as is at 600 there (Hoogeboom et al., arXiv 2301.11093, section 2).
             translate_until=344,
+            # What separates slices best blurs the maps of a model of so few steps (docs/translation.md).
+            translate_map_guidance=1.0,
         ),
         "brats128": HAEConfig(
             steps=100_000,

@@ -60,6 +60,8 @@ class TranslateConfig(Algorithm, TaskConfig):
     """Strength w; auto: the one of the grid with which validation's scores separate the classes best."""
     grid: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0)
     """Strengths to choose from; all of them take one pass."""
+    map_guidance: float | Literal["auto"] = "auto"
+    """Strength of the map and the mask; auto: the recipe's where validation chooses the score's, else the same."""
     score: Score | Literal["auto"] = "auto"
     """What a slice is judged by: cosine or ratio of the two errors, or M itself; auto: validation chooses."""
     modalities: tuple[str, ...] = ("flair", "t2")
@@ -78,6 +80,8 @@ class TranslateConfig(Algorithm, TaskConfig):
         checks = {
             "grid needs at least one number, and finite ones": bool(self.grid) and all(map(math.isfinite, self.grid)),
             "guidance must be auto or a finite number": self.guidance == "auto" or math.isfinite(self.guidance),
+            "map_guidance must be auto or a finite number": self.map_guidance == "auto"
+            or math.isfinite(self.map_guidance),
             f"modalities must be some of {known}": bool(self.modalities) and set(self.modalities) <= set(MODALITIES),
         }
         for message, holds in checks.items():
@@ -109,7 +113,7 @@ class Calibration:
     threshold: float
     """Slices with a higher score are unhealthy."""
     largest: float
-    """The largest M_te: the scale of the masks' quantile."""
+    """The largest M_te with the map's strength: the scale of the masks' quantile."""
     auroc: dict[str, float]
     """Of the validation split, by score and guidance strength."""
     baselines: dict[str, float]
@@ -124,7 +128,9 @@ class Translate(Task["HAEConfig", TranslateConfig]):
 
     def options(self, config: HAEConfig) -> TranslateConfig:
         return TranslateConfig(
-            steps=config.translate_steps, until=config.translate_until, passes=config.translate_passes
+            steps=config.translate_steps,
+            until=config.translate_until,
+            passes=config.translate_passes,
         )
 
     def run(self, job: Job[HAEConfig, TranslateConfig]) -> None:
@@ -193,6 +199,9 @@ class _Translation:
             raise InputError("translation needs a model of two classes, healthy and lesion: num_classes=2")
         if self.options.until > self.diffusion.steps:
             raise InputError(f"until={self.options.until} is beyond diffusion_steps={self.diffusion.steps}")
+        given, usual = self.options.map_guidance, job.config.translate_map_guidance
+        self.map_guidance = given if given != "auto" else usual if self.options.guidance == "auto" else None
+        """None: that of the score."""
         self.root = job.config.prepared(job.data, job.cache)
         self.source = Path(read_index(self.root)["config"]["source"])
 
@@ -201,10 +210,18 @@ class _Translation:
         target = _Split(SliceDataset(self.root, options.split))
         _check_trained(job, target.dataset, self.diffusion)
         chosen = self.calibrate()
-        batches = self.translate(target, (chosen.guidance,), options.split)
+        batches = self.translate(target, self.with_maps((chosen.guidance,)), options.split)
         decoded = self.decode(target, batches, options.split) if options.baselines else None
         if job.is_main:
             self.finish(target.slices, batches, decoded, chosen)
+
+    def map_of(self, guidance: float) -> float:
+        """The map's strength where the score has this one."""
+        return guidance if self.map_guidance is None else self.map_guidance
+
+    def with_maps(self, strengths: tuple[float, ...]) -> tuple[float, ...]:
+        """The score's strengths and the map's, which takes the same calls."""
+        return tuple(dict.fromkeys((*strengths, *map(self.map_of, strengths))))
 
     def calibrate(self) -> Calibration:
         """What validation chose, as it is stored beside the weights, or chosen now."""
@@ -212,6 +229,7 @@ class _Translation:
         known = self._settings(
             {
                 "strengths": options.strengths,
+                "map_guidance": self.map_guidance,
                 "scores": options.judges,
                 "baselines": options.reconstruction_guidance if options.baselines else False,
             }
@@ -224,17 +242,18 @@ class _Translation:
         split = _Split(SliceDataset(self.root, "val"))
         slices = split.slices
         choose_threshold(slices.labels.astype(np.float32), slices.labels)  # both kinds are there, before the work
-        batches = self.translate(split, options.strengths, "validation")  # apart from the split val, with one strength
+        strengths = self.with_maps(options.strengths)
+        batches = self.translate(split, strengths, "validation")  # apart from the split val, with fewer strengths
         difference, healthy, null, peaks = (
             batches.joined(name, 1) for name in ("difference", "healthy", "null", "peak")
         )
         found = {
             (score, i): choose_threshold(judge(difference[i], healthy[i], null[i], score), slices.labels)
             for score in options.judges
-            for i in range(len(options.strengths))
+            for i in range(len(options.strengths))  # not the map's, where the grid does not have it
         }
         score, best = max(found, key=lambda key: (found[key].auroc, found[key].margin))
-        choice, guidance = found[score, best], options.strengths[best]
+        choice, guidance = found[score, best], strengths[best]
         baselines = {}
         if options.baselines:
             maps = self.decode(split, batches, "validation").joined("map")
@@ -243,8 +262,8 @@ class _Translation:
             guidance=guidance,
             score=score,
             threshold=choice.value,
-            largest=float(peaks[best].max()),
-            auroc={f"{name}, w = {options.strengths[i]:g}": one.auroc for (name, i), one in found.items()},
+            largest=float(peaks[strengths.index(self.map_of(guidance))].max()),
+            auroc={f"{name}, w = {strengths[i]:g}": one.auroc for (name, i), one in found.items()},
             baselines=baselines,
         )
         job.say(
@@ -337,9 +356,12 @@ class _Translation:
         from .report import write_report
 
         job, options = self.job, self.options
-        maps, peak, end = (batches.joined(name, 1)[0] for name in ("map", "peak", "end"))
-        difference, healthy, null = (batches.joined(name, 1)[0] for name in ("difference", "healthy", "null"))
+        names = ("map", "peak", "end", "difference", "healthy", "null")
+        # The strength of the score is the first; that of the map, and of all that is shown, the last, often the same.
+        by_strength = {name: batches.joined(name, 1) for name in names}
+        difference, healthy, null = (by_strength[name][0] for name in ("difference", "healthy", "null"))
         scores = judge(difference, healthy, null, chosen.score)
+        maps, peak, end, difference, healthy, null = (by_strength[name][-1] for name in names)
         unhealthy = scores > chosen.threshold
         masks = drop_small(segment(maps, unhealthy, peak, chosen.largest) & slices.foreground)
         methods = [Method("translation", scores, maps, unhealthy, masks)]
@@ -384,6 +406,7 @@ class _Translation:
             f"{int(slices.labels.sum())} of them with a lesion",
             "weights": f"{job.weights.path} (step {job.weights.step}, SHA-256 {job.weights.sha256[:16]})",
             "guidance": f"w = {chosen.guidance:g}, {'given' if options.guidance != 'auto' else 'chosen by validation'}",
+            "map's guidance": f"w = {self.map_of(chosen.guidance):g}",
             "score": f"{chosen.score}, {'given' if options.score != 'auto' else 'chosen by validation'}; "
             f"threshold {chosen.threshold:.4g}",
             "validation AUROC": "; ".join(f"{name}: {auroc:.3f}" for name, auroc in chosen.auroc.items()),

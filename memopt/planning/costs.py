@@ -10,6 +10,7 @@ any mixture.
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,19 +85,30 @@ class _Owners:
 
 def _moments(watched: Watched, at: list[int], kept: list[int]) -> dict[Moment, int]:
     timeline = watched.story.timeline
-    ends = _ends(timeline.phases, at)
+    phases = ["between"] * len(at)
+    for name, first, end in timeline.phases:
+        phases[first:end] = [name] * (end - first)
+    changes: dict[int, list[tuple[int, int]]] = {}
+    for block, spans in _ends(timeline.phases, at).items():
+        for begin, end in spans:
+            changes.setdefault(begin + 1, []).append((block, 1))
+            changes.setdefault(end + 1, []).append((block, -1))
+    order = deque(sorted(changes))
+    waits: Counter[int] = Counter()
     found: dict[Moment, int] = {}
-    waiting: frozenset[int] = frozenset()
     key: Moment = ("start", -1, ())
     before, held = -1, 0
     for op, total in zip(timeline.ops, timeline.total, strict=True):
         if op != before:
             before = op
-            phase = next((name for name, first, end in timeline.phases if first <= op < end), "between")
-            worker = at[op] if op < len(at) else -1
-            waiting = frozenset(i for i, spans in ends.items() if any(a < op <= b for a, b in spans)) - {worker}
-            key = (phase, worker, tuple(sorted(waiting)))
-            held = sum(kept[i] for i in waiting)
+            phase, worker = (phases[op], at[op]) if 0 <= op < len(at) else ("between", -1)
+            moved = bool(order) and order[0] <= op
+            while order and order[0] <= op:
+                for block, change in changes[order.popleft()]:
+                    waits[block] += change
+            if moved or key[:2] != (phase, worker):
+                waiting = tuple(sorted(i for i, n in waits.items() if n and i != worker))
+                key, held = (phase, worker, waiting), sum(kept[i] for i in waiting)
         found[key] = max(found.get(key, 0), total - held)
     return found
 

@@ -1,11 +1,12 @@
 """The search for a plan: sets of passes, and within a set a treatment for each block.
 
 A *set* is a list of passes that act on the whole model (rewrites, offloading, another optimizer). Within a set, blocks
-are kept, or recomputed cheaply, or in full, or what they keep waits in host memory. Sets come from the least drastic to
-the most. For each, steps in which all blocks are treated alike are profiled on fake tensors, which gives the costs of
-any mixture (costs.py); a program (solve.py) picks one for the budget; and the mixture itself is profiled. What counts
-is that profile: where it shows more than the budget, the program is asked again for less, where less, for more. A set
-whose step without recomputation is already slower than what was found is not looked at further.
+are kept, or recomputed cheaply, or in full, or what they keep waits in host memory (for a CPU, whose memory that is, in
+files). Sets come from the least drastic to the most. For each, steps in which all blocks are treated alike are profiled
+on fake tensors, which gives the costs of any mixture (costs.py); a program (solve.py) picks one for the budget; and the
+mixture itself is profiled. What counts is that profile: where it shows more than the budget, the program is asked again
+for less, where less, for more. A set whose step without recomputation is already slower than what was found is not
+looked at further.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import glob
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -66,6 +67,8 @@ INFER_SETS: tuple[tuple[str, ...], ...] = (
     ("block_swap",),
     ("offload_skips", "block_swap"),
 )
+MOVING = ("offload_activations", "offload_optimizer", "offload_skips", "block_swap")
+"""Passes that move bytes off the device: into host memory, or into files where that is the device's own."""
 LOSSY = ("amp", "optimizer_8bit")
 """Passes that are not exact and may be allowed, by name."""
 
@@ -116,6 +119,8 @@ class Search:
         self.allow = check_allow(allow)
         self.given = tuple(pass_ for like in given for pass_ in resolve(like))
         self.blocks = find_blocks(work.model) if train else []
+        self.away: Literal["cpu", "disk"] = "disk" if device == "cpu" else "cpu"
+        """Where passes move bytes to."""
         self.profiles = 0
         self._seen: dict[str, Candidate | MemoptError] = {}
         self._programs: dict[str, Program | None] = {}
@@ -162,12 +167,17 @@ class Search:
                 names = tuple(name for name in names if name != "offload_optimizer")
             known = {type(pass_).name for pass_ in (*self.given, *rewrites)}
             wanted = [name for name in (*allowed, *names) if name not in known]
-            made = (*rewrites, *(p for name in wanted for p in resolve(name) if self._finds(p)))
+            made = (*rewrites, *(p for p in map(self._make, wanted) if self._finds(p)))
             if made not in found:
                 found.append(made)
         if rewrites and not lossy:
             found.insert(0, ())
         return found
+
+    def _make(self, name: str) -> Pass:
+        """A pass of a set."""
+        (made,) = resolve({name: {"to": self.away}} if name in MOVING else name)
+        return made
 
     def _finds(self, pass_: Pass) -> bool:
         """Whether a pass has anything to do in this model, in this kind of step."""
@@ -217,7 +227,7 @@ class Search:
             if paths := by.get(policy):
                 found.append(Checkpoint(blocks=self._globs(paths), policy=policy))
         if paths := by.get("offload"):
-            found.append(OffloadActivations(blocks=self._globs(paths)))
+            found.append(OffloadActivations(blocks=self._globs(paths), to=self.away))
         return found
 
     def _globs(self, paths: Sequence[str]) -> tuple[str, ...]:
@@ -346,7 +356,11 @@ class Search:
             f"{'within' if plain.peak <= budget else 'above'} the budget of {format_bytes(budget)}"
         ]
         if found.passes:
-            words = {"cheap": "recomputed but for products", "full": "recomputed in full", "offload": "in host memory"}
+            words = {
+                "cheap": "recomputed but for products",
+                "full": "recomputed in full",
+                "offload": "in host memory" if self.away == "cpu" else "in files",
+            }
             treated = [f"{n} {words[name]}" for name, n in counts.items() if n]
             rest = len(self.blocks) - sum(counts.values())
             if treated:
