@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from memopt.errors import MemoptError
 from memopt.memory.fake import Copies, is_plain
+from memopt.memory.memo import Memo
 
 _aten = torch.ops.aten
 _VIEW = _aten.view.default
@@ -44,6 +45,7 @@ _PAGE = 4096
 _ROWS = 1 << 20
 """What a recurrent layer may be asked with: rows times hidden features, about 64 MiB."""
 _ITEM = _aten._local_scalar_dense.default
+_DEVICE = torch.ops.prim.device.default
 _LIFTS = (_aten.lift_fresh.default, _aten.lift_fresh_copy.default, _aten.lift.default)
 """What torch does to a literal, which fake tensors know the values of."""
 _READS = (_ITEM, _aten.detach.default)
@@ -78,6 +80,7 @@ class Corrected(TorchDispatchMode):
         self.notes = [HOOKS.format(count=copies.hooked)] if copies.hooked else []
         """What the figures take for granted, in words."""
         self._copies = copies
+        self._memo = Memo(copies.mode)
         self._twins = WeakTensorKeyDictionary()
         # By id, held: gradients of true tensors, what takes them from there, and what the run has written to.
         self._gradients: dict[int, tuple[Tensor, Tensor | None]] = {}
@@ -90,14 +93,18 @@ class Corrected(TorchDispatchMode):
         if func is _ITEM and self.scalars:
             dtype = args[0].dtype
             return dtype == torch.bool or (1000.0 if dtype.is_floating_point else 1000)
+        if func is _DEVICE and type(args[0]) is FakeTensor and not self._copies.fakes:  # half of all there is to answer
+            return args[0].fake_device
         kwargs = kwargs or {}
-        found = [t for t in _tensors((args, kwargs)) if self._is_foreign(t)]
-        if found and func not in _LIFTS:
-            return self._on_twins(func, args, kwargs, found)
-        return self._corrected(func, args, kwargs)
+        key = self._memo.key(func, args, kwargs)
+        if key is None or self._copies.fakes:  # else all tensors are fake, and none is the model's own
+            found = [t for t in _tensors((args, kwargs)) if self._is_foreign(t)]
+            if found and func not in _LIFTS:
+                return self._on_twins(func, args, kwargs, found)
+        return self._corrected(func, args, kwargs, key)
 
-    def _corrected(self, func: Any, args: Any, kwargs: Any) -> Any:
-        result = func(*args, **kwargs)
+    def _corrected(self, func: Any, args: Any, kwargs: Any, key: Any = None) -> Any:
+        result = func(*args, **kwargs) if key is None else self._memo.run(key, func, args, kwargs)
         if func in _WEIGHT_OF_NORM:
             out, mean, rstd, *more = result
             weight = args[_WEIGHT_OF_NORM[func]]
