@@ -45,6 +45,29 @@ class StepCosts:
     story: Story
 
 
+def carried(step: StepCosts, before: StepCosts, after: StepCosts) -> StepCosts:
+    """A step's costs with more passes, from what these do to the step whose blocks are all kept: a guess.
+
+    What they change outside of blocks they change alike, whatever is done with blocks, and what a treated block keeps
+    is a part of what it would keep otherwise.
+    """
+    more: dict[str, int] = {}
+    for moment, size in after.moments.items():
+        if moment in before.moments:
+            change = size - before.moments[moment]
+            more[moment[0]] = max(more.get(moment[0], change), change)
+    return StepCosts(
+        peak=step.peak + max(more.values(), default=0),
+        seconds=step.seconds + after.seconds - before.seconds,
+        blocks=tuple(
+            BlockCosts(min(block.kept, b.kept), max(0.0, block.seconds + b.seconds - a.seconds))
+            for block, a, b in zip(step.blocks, before.blocks, after.blocks, strict=True)
+        ),
+        moments={moment: max(0, size + more.get(moment[0], 0)) for moment, size in step.moments.items()},
+        story=step.story,
+    )
+
+
 def costs_of(watched: Watched, blocks: Sequence[str], hardware: Hardware) -> StepCosts:
     """The costs of a step that was watched, for the blocks of these paths, none inside another."""
     tracker, story = watched.tracker, watched.story

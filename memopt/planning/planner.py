@@ -2,11 +2,11 @@
 
 A *set* is a list of passes that act on the whole model (rewrites, offloading, another optimizer). Within a set, blocks
 are kept, or recomputed cheaply, or in full, or what they keep waits in host memory (for a CPU, whose memory that is, in
-files). Sets come from the least drastic to the most. For each, steps in which all blocks are treated alike are profiled
-on fake tensors, which gives the costs of any mixture (costs.py); a program (solve.py) picks one for the budget; and the
-mixture itself is profiled. What counts is that profile: where it shows more than the budget, the program is asked again
-for less, where less, for more. A set whose step without recomputation is already slower than what was found is not
-looked at further.
+files). Steps in which all blocks are treated alike are profiled on fake tensors, which gives the costs of any mixture
+(costs.py); for sets with more passes one such step, with all blocks kept, says how these change the others' costs. A
+program (solve.py) then picks a treatment for each block within the budget, and of the sets the one that looks fastest
+is taken first: its mixture is profiled itself. What counts is that profile: where it shows more than the budget, the
+program is asked again for less, where less, for more. A set that cannot be faster than what was found is not looked at.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from memopt.memory.profiler import Work, watch_work
 from memopt.memory.profiler import describe as describe_inputs
 from memopt.memory.show import LABELS
 from memopt.passes import Checkpoint, OffloadActivations
-from memopt.planning.costs import StepCosts, costs_of
+from memopt.planning.costs import StepCosts, carried, costs_of
 from memopt.planning.plans import Plan, describe, fingerprint
 from memopt.planning.solve import Program
 from memopt.registry import Context, Pass, resolve
-from memopt.units import format_bytes
+from memopt.units import format_bytes, parse_bytes
 
 _INSTEAD = re.compile(
     r"(Profile it on|If the model runs with these inputs, profile) true tensors: real=True, or --real\."
@@ -45,8 +45,6 @@ NEAR = 0.9
 """What saves most may take so much more than the budget for a mixture to be tried."""
 WORTH = 1.01
 """Less than this factor in time is not worth another profile."""
-CLEARLY = 1.02
-"""A mixture whose modelled time is longer than the best by this factor is not profiled."""
 LADDER = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2)
 """Shares of the plain peak that are tried besides the budget itself: a plan for less may be no slower."""
 
@@ -71,6 +69,14 @@ MOVING = ("offload_activations", "offload_optimizer", "offload_skips", "block_sw
 """Passes that move bytes off the device: into host memory, or into files where that is the device's own."""
 LOSSY = ("amp", "optimizer_8bit")
 """Passes that are not exact and may be allowed, by name."""
+
+
+@dataclass(frozen=True)
+class Set:
+    """Passes for the whole model, and those among them with which each treatment of blocks is profiled."""
+
+    root: tuple[Pass, ...]
+    passes: tuple[Pass, ...]
 
 
 @dataclass(frozen=True)
@@ -156,23 +162,27 @@ class Search:
 
     # --- sets ------------------------------------------------------------------------------------------------------
 
-    def sets(self, lossy: bool) -> list[tuple[Pass, ...]]:
+    def sets(self, lossy: bool) -> list[Set]:
         """The sets of passes to look at, the least drastic first."""
         extras = EXACT_SETS if self.train else INFER_SETS
         rewrites = self._rewrites()
         allowed = [name for name in LOSSY if name in self.allow] if lossy else []
-        found: list[tuple[Pass, ...]] = []
+        known = {type(pass_).name for pass_ in (*self.given, *rewrites)}
+        useless = set() if self._moves_activations() else {"offload_activations"}
+        root = (*rewrites, *(p for p in map(self._make, allowed) if type(p).name not in known and self._finds(p)))
+        found = [Set(root, root)]
         for names in extras:
-            if "optimizer_8bit" in allowed:
-                names = tuple(name for name in names if name != "offload_optimizer")
-            known = {type(pass_).name for pass_ in (*self.given, *rewrites)}
-            wanted = [name for name in (*allowed, *names) if name not in known]
-            made = (*rewrites, *(p for p in map(self._make, wanted) if self._finds(p)))
-            if made not in found:
-                found.append(made)
+            skipped = known | useless | ({"offload_optimizer"} if "optimizer_8bit" in allowed else set())
+            made = (p for p in map(self._make, names) if type(p).name not in skipped and self._finds(p))
+            if (each := Set(root, (*root, *made))) not in found:
+                found.append(each)
         if rewrites and not lossy:
-            found.insert(0, ())
+            found.insert(0, Set((), ()))
         return found
+
+    def _moves_activations(self) -> bool:
+        """Whether there is anything as large as what offload_activations moves."""
+        return any(t.bytes >= parse_bytes(OffloadActivations().min_bytes) for t in self.plain().costs.story.largest)
 
     def _make(self, name: str) -> Pass:
         """A pass of a set."""
@@ -202,23 +212,30 @@ class Search:
                 found = (*found, pass_)
         return found
 
-    def program(self, base: tuple[Pass, ...]) -> Program | None:
+    def program(self, of: Set) -> Program | None:
         """The program for a set of passes, from steps in which all blocks are treated alike."""
-        key = repr(base)
+        key = repr(of)
         if key not in self._programs:
+            root, keep = self.look(of.root), self.look(of.passes)
             steps = {}
-            for treatment in self._treatments(base):
-                found = self.look((*base, *self.treated({treatment: self.blocks})))
-                if found is not None and (treatment == "keep" or self.blocks):
-                    steps[treatment] = found.costs
-            self._programs[key] = Program(steps) if "keep" in steps else None
+            if root is not None and keep is not None:
+                steps["keep"] = keep.costs
+                for treatment in self._treatments(of):
+                    alike = self.look((*of.root, *self.treated({treatment: self.blocks})))
+                    if alike is not None:
+                        more = of.root != of.passes
+                        steps[treatment] = carried(alike.costs, root.costs, keep.costs) if more else alike.costs
+            self._programs[key] = Program(steps) if steps else None
         return self._programs[key]
 
-    @staticmethod
-    def _treatments(base: tuple[Pass, ...]) -> tuple[str, ...]:
-        """What can be done with a block in a set of passes."""
-        away = any(isinstance(pass_, OffloadActivations) for pass_ in base)  # what is kept is away already
-        return TREATMENTS[:-1] if away else TREATMENTS
+    def _treatments(self, of: Set) -> tuple[str, ...]:
+        """What can be done with a block in a set of passes, but to keep it."""
+        if not self.blocks:
+            return ()
+        away = any(
+            isinstance(pass_, OffloadActivations) for pass_ in (*self.given, *of.passes)
+        )  # what is kept is away already
+        return TREATMENTS[1:-1] if away or not self._moves_activations() else TREATMENTS[1:]
 
     def treated(self, by: dict[str, list[str]]) -> list[Pass]:
         """The passes that treat blocks so."""
@@ -238,64 +255,55 @@ class Search:
     def best(self, budget: int) -> Candidate | None:
         """The fastest that was found within a budget: exact ones first, lossy ones where these do not fit."""
         for lossy in (False, True) if any(name in LOSSY for name in self.allow) else (False,):
-            found: Candidate | None = None
-            slow: list[set[Pass]] = []
-            for base in self.sets(lossy):
-                # With more passes of the same kinds it takes no less time.
-                if found is not None and any(known <= set(base) for known in slow):
-                    continue
-                found = _faster(found, self._within(base, budget, found))
-                keep = self.look(base)
-                if found is not None and keep is not None and keep.seconds >= found.seconds:
-                    slow.append(set(base))
-            if found is not None:
+            if (found := self._best(self.sets(lossy), budget)) is not None:
                 return found
         return None
 
-    def _within(self, base: tuple[Pass, ...], budget: int, best: Candidate | None) -> Candidate | None:
-        """The fastest of one set within a budget, if it is faster than the best so far."""
-        keep = self.look(base)
-        if keep is None or (best is not None and keep.seconds >= best.seconds):
-            return None
-        if keep.peak <= budget:
-            return keep
-        if not self._may_fit(base, budget):
-            return None
-        program = self.program(base)
-        return None if program is None else self._mixture(base, program, budget, best)
+    def _best(self, sets: Sequence[Set], budget: int) -> Candidate | None:
+        found: Candidate | None = None
+        promising: list[tuple[float, int, Set, Program]] = []
+        for number, each in enumerate(sets):
+            if found is not None and set(found.passes) <= set(each.passes):
+                continue  # with more passes of the same kinds it takes no less time
+            keep = self.look(each.passes)
+            if keep is not None and keep.peak <= budget:
+                found = _faster(found, keep)
+            elif keep is not None and (program := self._may_fit(each, keep, budget)) is not None:
+                modelled = program.solve(budget)
+                promising.append((modelled.seconds if modelled else float("inf"), number, each, program))
+        for _, _, each, program in sorted(promising, key=lambda one: one[:2]):
+            keep = self.look(each.passes)
+            if keep is not None and (found is None or keep.seconds < found.seconds):
+                found = _faster(found, self._mixture(each, program, budget, found))
+        return found
 
-    def _may_fit(self, base: tuple[Pass, ...], budget: int) -> bool:
-        """Whether the optimizer's step is within the budget, which no treatment changes, and those that save most
+    def _may_fit(self, of: Set, keep: Candidate, budget: int) -> Program | None:
+        """The program of a set, if the optimizer's step is within the budget, which no treatment changes, and mixtures
         come near it."""
-        keep = self.look(base)
-        steps = [size for (phase, *_), size in keep.costs.moments.items() if phase == "optimizer"] if keep else []
-        if max(steps, default=0) > budget:
-            return False
-        names = [name for name in self._treatments(base) if name in ("full", "offload")]
-        strong = [self.look((*base, *self.treated({name: self.blocks}))) for name in names]
-        peaks = [found.peak for found in strong if found is not None]
-        return bool(self.blocks) and any(peak * NEAR <= budget for peak in peaks)
+        if max((n for (phase, *_), n in keep.costs.moments.items() if phase == "optimizer"), default=0) > budget:
+            return None
+        program = self.program(of) if self.blocks else None
+        return program if program is not None and program.least * NEAR <= budget else None
 
-    def _mixture(
-        self, base: tuple[Pass, ...], program: Program, budget: int, best: Candidate | None
-    ) -> Candidate | None:
+    def _mixture(self, of: Set, program: Program, budget: int, best: Candidate | None) -> Candidate | None:
         """The fastest mixture of treatments whose profile is within the budget, asked for one after another."""
         found: Candidate | None = None
-        for name in program.names:  # all blocks alike is a mixture, too
-            alike = self.look((*base, *self.treated({name: self.blocks})))
-            if alike is not None and alike.peak <= budget:
-                found = _faster(found, alike)
+        if of.passes == of.root:  # all blocks alike is a mixture, too, and known
+            for name in program.names:
+                alike = self.look((*of.passes, *self.treated({name: self.blocks})))
+                if alike is not None and alike.peak <= budget:
+                    found = _faster(found, alike)
         low, high, target = 0.0, float("inf"), float(budget)  # what was asked for and fitted, or did not
         bound = 0.0  # the modelled time of what did not fit, which nothing that fits can be much below
         for _ in range(ROUNDS):
             choice = program.solve(int(target))
             if choice is None:  # nothing is that small by the model; by the profile something may be
                 low = max(low, target)
-                guess = target * 1.03
+                guess = max(target * 1.03, float(program.least))
             else:
-                if any(c is not None and choice.seconds >= c.seconds * CLEARLY for c in (found, best)):
+                if any(c is not None and choice.seconds >= c.seconds for c in (found, best)):
                     break
-                tried = self.look((*base, *self.treated(self._by(choice.treatments))))
+                tried = self.look((*of.passes, *self.treated(self._by(choice.treatments))))
                 if tried is None:
                     return found
                 if tried.peak <= budget:
@@ -333,10 +341,16 @@ class Search:
         found = self.best(budget)
         for share in LADDER:  # a plan for less that is faster than this one shows that this one is not the best
             smaller = int(share * plain.peak)
-            if found is not None and smaller < budget and self._estimate(smaller) < found.seconds:
-                found = _faster(found, self.best(smaller))
+            if found is None or smaller >= budget:
+                continue
+            if self._estimate(smaller) >= found.seconds:
+                break
+            found = _faster(found, self.best(smaller))
         if found is None:
-            raise DoesNotFit(self._why_not(budget))
+            least = self.smallest(lossy=any(name in LOSSY for name in self.allow))
+            if least.peak > budget:
+                raise DoesNotFit(self._why_not(least, budget))
+            found = least
         return self._made(found, budget, plain)
 
     def _estimate(self, budget: int) -> float:
@@ -388,15 +402,14 @@ class Search:
     def smallest(self, lossy: bool = False) -> Candidate:
         """The lowest peak among the most drastic sets, with all blocks treated alike."""
         found = self.plain()
-        for base in [*self.sets(False)[-2:], *(self.sets(True)[-2:] if lossy else ())]:
+        for each in [*self.sets(False)[-2:], *(self.sets(True)[-2:] if lossy else ())]:
             for treatment in ("keep", "full"):
-                tried = self.look((*base, *self.treated({treatment: self.blocks})))
+                tried = self.look((*each.passes, *self.treated({treatment: self.blocks})))
                 if tried is not None and tried.peak < found.peak:
                     found = tried
         return found
 
-    def _why_not(self, budget: int) -> str:
-        least = self.smallest(lossy=any(name in LOSSY for name in self.allow))
+    def _why_not(self, least: Candidate, budget: int) -> str:
         story = least.costs.story
         held = {name: values[story.peak_point] for name, values in story.timeline.bytes.items()}
         order = sorted(((n, name) for name, n in held.items() if n), reverse=True)[:3]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,10 @@ class Program:
         self.seconds = np.array([[self._seconds(name, i) for name in self.names] for i in range(self.count)])
         self.kept = np.array([[steps[name].blocks[i].kept for name in self.names] for i in range(self.count)])
         self.rows, self.base = self._rows()
+        self._matrix: Any = None
+        alike = [[o] * self.count for o in range(len(self.names))]
+        self.least = int(min(max(self._peaks(picked), default=0) for picked in alike))
+        """The lowest modelled peak with all blocks treated alike, bytes."""
 
     def _seconds(self, name: str, block: int) -> float:
         step, keep = self.steps[name], self.steps["keep"]
@@ -101,26 +106,24 @@ class Program:
     def _milp(self, budget: int) -> list[int] | None:
         try:
             from scipy.optimize import Bounds, LinearConstraint, milp
-            from scipy.sparse import lil_matrix
+            from scipy.sparse import csr_matrix
         except ImportError:
             return self.greedy(budget)
         n, k = self.count, len(self.names)
-        one = lil_matrix((n, n * k))
-        for i in range(n):
-            one[i, i * k : (i + 1) * k] = 1
+        one = csr_matrix((np.ones(n * k), (np.repeat(np.arange(n), k), np.arange(n * k))), shape=(n, n * k))
+        if self._matrix is None:
+            entries = [(size, r, i * k + o) for r, row in enumerate(self.rows) for (i, o), size in row.items()]
+            sizes, at, columns = zip(*entries, strict=True) if entries else ((), (), ())
+            self._matrix = csr_matrix((np.array(sizes, float), (at, columns)), shape=(len(self.rows), n * k))
         unit = max(budget, 1)
-        rows = lil_matrix((len(self.rows), n * k))
-        for r, row in enumerate(self.rows):
-            for (i, o), size in row.items():
-                rows[r, i * k + o] = size / unit
         scale = self.seconds.min(axis=1).sum() or 1.0
         # The last digits decide between equals, always alike.
         tie = np.arange(n * k).reshape(n, k) * 1e-9
         result = milp(
             (self.seconds / scale + tie / max(1, n * k)).ravel(),
             constraints=[
-                LinearConstraint(one.tocsr(), 1, 1),
-                LinearConstraint(rows.tocsr(), -np.inf, 1 - np.array(self.base) / unit),
+                LinearConstraint(one, 1, 1),
+                LinearConstraint(self._matrix / unit, -np.inf, 1 - np.array(self.base) / unit),
             ],
             integrality=np.ones(n * k),
             bounds=Bounds(0, 1),
