@@ -462,3 +462,19 @@ def test_copies_of_plain_objects():
     assert functools.reduce(lambda n, p: n + p.numel(), twin["a"][0].parameters(), 0) == sum(
         p.numel() for p in model.parameters()
     )
+
+
+def test_positions_that_transformers_counts_itself_are_of_one_sequence():
+    """Else attention gets a mask, and each layer a copy of it; positions that were given may be packed."""
+    from transformers import GPT2Config, GPT2LMHeadModel, masking_utils
+
+    config = GPT2Config(
+        n_layer=2, n_embd=32, n_head=2, vocab_size=50, n_positions=64, use_cache=False, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, loss_type="ForCausalLM",
+    )  # fmt: skip
+    model, before = GPT2LMHeadModel(config), masking_utils.find_packed_sequence_indices
+    tokens = torch.randint(50, (2, 64))
+    agree(model, {"input_ids": tokens, "labels": tokens})
+    packed = torch.cat([torch.arange(40), torch.arange(24)]).expand(2, 64)
+    agree(model, {"input_ids": tokens, "labels": tokens, "position_ids": packed})
+    assert masking_utils.find_packed_sequence_indices is before

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from memopt import core
 from memopt.errors import InputError, MemoptError
-from memopt.memory import corrections, cuda, fake
+from memopt.memory import corrections, cuda, fake, libraries
 from memopt.memory.report import MemoryReport
 from memopt.memory.restore import restored
 from memopt.memory.timeline import Story, tell
@@ -343,6 +343,7 @@ def _on_fakes(
     corrected = corrections.Corrected(copies)
     run = _Run(twin, train, "cpu", rounding, weigh, values=corrected.answering, fakes=True, twin=corrected.twin)
     with mode, corrected, contextlib.ExitStack() as stack:
+        stack.enter_context(libraries.corrected(_leaves(twin.batch)))
         notes = stack.enter_context(cuda.kernels()) if kind == "cuda" else ()
         kept = core.apply(twin.model, active.passes, optimizer=optimizers or None, missing="skip")
         added = core.apply(twin.model, list(passes), optimizer=optimizers or None)
