@@ -5,14 +5,19 @@
     python bench/plan.py --memory           # no times: budgets, predictions and true peaks alone
 
 For each model and budget (shares of the plain peak) the plan's predicted and true peak, the largest error of a gradient
-against the plain model's, and its time. Peers are checkpoints around every block, around every second and third, and
-the model's own gradient checkpointing; each counts at the budgets that its true peak fits. Times are medians of ratios
-to the plain step within a round, in which each row runs once.
+against the plain model's, and its time. Peers are checkpoints around every block, around every second and third, the
+model's own gradient checkpointing, and torch's ``activation_memory_budget`` (a compiled graph's partition into forward
+and backward; the graph is then run operation by operation, without a code generator); each counts at the budgets that
+its true peak fits. Times are medians of ratios to the plain step within a round, in which each row runs once.
+
+Rockmate is no peer here: rkgb 2.0.0, which Rockmate 2.0.0 imports, lacks its modules in the package index; 1.0.1 loads,
+but measures memory on CUDA devices alone and solves by Gurobi.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -33,6 +38,8 @@ from memopt.planning import Plan, search
 from memopt.planning.plans import describe
 
 SHARES = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3)
+TORCH_BUDGETS = (1.0, 0.5, 0.25)
+"""Shares of the activations that torch's own planner is told to keep."""
 ROUNDS = 5
 
 
@@ -150,10 +157,12 @@ class Rows:
         handle = memopt.apply(self.subject.model, passes, optimizer=self.optimizer)
         return handle.undo
 
-    def step(self) -> torch.Tensor:
+    def step(self, call: Callable[..., Any] | None = None) -> torch.Tensor:
         """Forward and backward."""
         torch.manual_seed(0)
-        loss = memopt.memory.profiler.default_loss(self.subject.model(**self.subject.inputs))
+        loss = memopt.memory.profiler.default_loss(
+            (self.subject.model if call is None else call)(**self.subject.inputs)
+        )
         loss.backward()
         return loss.detach()
 
@@ -177,6 +186,38 @@ class Rows:
         finally:
             self.subject.model.zero_grad()
             off()
+
+    def compiled(self, budget: float, base: int, timed: bool) -> tuple[int, float]:
+        """Peak in bytes and time against plain of torch's own planner; ``base`` is what a step begins with."""
+        import torch._functorch.config as config
+
+        torch._dynamo.reset()
+        with config.patch(activation_memory_budget=budget):
+            call = torch.compile(self.subject.model, backend="aot_eager_decomp_partition")
+            self.step(call)
+        self.subject.model.zero_grad()
+        peak = base + self.allocated(call)
+        ratios = []
+        for _ in range(ROUNDS if timed else 0):
+            seconds = []
+            for each in (self.subject.model, call):
+                began = time.perf_counter()
+                self.step(each)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                seconds.append(time.perf_counter() - began)
+            ratios.append(seconds[1] / seconds[0])
+        torch._dynamo.reset()
+        return peak, statistics.median(ratios) if ratios else float("nan")
+
+    def allocated(self, call: Callable[..., Any]) -> int:
+        """The most bytes that forward and backward have at once, by the allocator's own account."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+            self.step(call)
+        self.subject.model.zero_grad()
+        events = seen.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        return max(itertools.accumulate(change for _, change in changes))
 
     def times(self, rows: dict[str, Any]) -> dict[str, float]:
         """Ratios to the first row."""
@@ -219,15 +260,19 @@ def measure(name: str, timed: bool) -> None:
     if subject.own is not None:
         peers["own"] = "own"
     peaks = {peer: rows.peak(passes) for peer, passes in peers.items()}
+    base = plain - rows.allocated(subject.model)
+    budgets = {f"torch's budget {b}": rows.compiled(b, base, timed) for b in TORCH_BUDGETS}
+    peaks |= {peer: peak for peer, (peak, _) in budgets.items()}
     reference = rows.gradients([])
     ratios = rows.times({"plain": [], **{str(s): p for s, p in plans.items()}, **peers}) if timed else {}
+    ratios |= {peer: ratio for peer, (_, ratio) in budgets.items()}
     for share, plan in plans.items():
         real = rows.peak(plan)
         error = max(
             float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
             for a, b in zip(rows.gradients(plan), reference, strict=True)
         )
-        fitting = {peer: ratios[peer] for peer in peers if timed and peaks[peer] <= share * plain}
+        fitting = {peer: ratios[peer] for peer in peaks if timed and peaks[peer] <= share * plain}
         best = min(fitting.items(), key=lambda item: item[1]) if fitting else ("none fits", float("nan"))
         assert real <= share * plain, f"{name} at {share:.0%}: {real} bytes are above the budget"
         print(
