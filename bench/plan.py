@@ -187,7 +187,7 @@ class Rows:
             self.subject.model.zero_grad()
             off()
 
-    def compiled(self, budget: float, base: int, timed: bool) -> tuple[int, float]:
+    def compiled(self, budget: float, base: int) -> tuple[int, float]:
         """Peak in bytes and time against plain of torch's own planner; ``base`` is what a step begins with."""
         import torch._functorch.config as config
 
@@ -198,7 +198,7 @@ class Rows:
         self.subject.model.zero_grad()
         peak = base + self.allocated(call)
         ratios = []
-        for _ in range(ROUNDS if timed else 0):
+        for _ in range(ROUNDS):
             seconds = []
             for each in (self.subject.model, call):
                 began = time.perf_counter()
@@ -208,7 +208,7 @@ class Rows:
                 seconds.append(time.perf_counter() - began)
             ratios.append(seconds[1] / seconds[0])
         torch._dynamo.reset()
-        return peak, statistics.median(ratios) if ratios else float("nan")
+        return peak, statistics.median(ratios)
 
     def allocated(self, call: Callable[..., Any]) -> int:
         """The most bytes that forward and backward have at once, by the allocator's own account."""
@@ -254,14 +254,18 @@ def measure(name: str, timed: bool) -> None:
             plans[share] = found.plan(int(share * plain))
         except DoesNotFit as error:
             print(f"  {share:.0%}: {str(error).partition(', with')[0]}")
+    times = [plan.seconds for plan in plans.values()]
+    assert times == sorted(times), f"{name}: a plan for less is faster than one for more"
     print(f"  planned in {time.perf_counter() - began:.0f} s, {found.profiles} profiles")
     blocks = found.blocks
     peers: dict[str, Any] = {f"every {k}": [Checkpoint(blocks=tuple(blocks[::k]))] for k in (1, 2, 3)}
     if subject.own is not None:
         peers["own"] = "own"
     peaks = {peer: rows.peak(passes) for peer, passes in peers.items()}
-    base = plain - rows.allocated(subject.model)
-    budgets = {f"torch's budget {b}": rows.compiled(b, base, timed) for b in TORCH_BUDGETS}
+    budgets = {}
+    if timed:
+        base = plain - rows.allocated(subject.model)
+        budgets = {f"torch's budget {b}": rows.compiled(b, base) for b in TORCH_BUDGETS}
     peaks |= {peer: peak for peer, (peak, _) in budgets.items()}
     reference = rows.gradients([])
     ratios = rows.times({"plain": [], **{str(s): p for s, p in plans.items()}, **peers}) if timed else {}

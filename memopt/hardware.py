@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from memopt import files
-from memopt.errors import InputError
+from memopt.errors import InputError, MemoptError
 from memopt.memory.cost import Cost
 
 REACHED = 0.6
@@ -178,7 +178,7 @@ def measure(device: str, name: str) -> Hardware:
             host = torch.zeros(large.numel(), dtype=torch.uint8, pin_memory=True)
             link = large.numel() / best(lambda: host.copy_(large))
         else:
-            link = 2 * large.numel() / _through_a_file(large, best)
+            link = max(1.0, 2 * large.numel() / _through_a_file(large, best))
         small = torch.zeros(16, device=device)
         launch = best(lambda: [small.add(1) for _ in range(1000)]) / 1000
     return Hardware(
@@ -199,6 +199,8 @@ def _through_a_file(flat: torch.Tensor, best: Callable[..., float]) -> float:
 
     try:
         return best(run, 3)
+    except MemoptError:  # nowhere to write: what moves would take for ever
+        return math.inf
     finally:
         mover.close()
 

@@ -103,6 +103,17 @@ def test_the_same_again(deep):
     assert again.plan(budget).passes == plans.plan(budget).passes
 
 
+def test_what_leaves_a_cpu_goes_to_files():
+    model, x, optimizer = made(rows=20000)
+    near = {"flops": 1e9, "narrow_flops": 1e9, "bandwidth": 1e9, "link": 1e12}  # to move is faster than to recompute
+    plans = search(model, x, loss=loss_of, optimizer=optimizer, hardware=near)
+    found = plans.plan(int(0.7 * plans.plain().peak)).passes
+    assert {p.to for p in found if isinstance(p, P.OffloadActivations)} == {"disk"}
+    gpu = search(model, x, loss=loss_of, optimizer=optimizer, hardware=near, device="cuda")
+    found = gpu.plan(int(0.7 * gpu.plain().peak)).passes
+    assert {p.to for p in found if isinstance(p, P.OffloadActivations)} == {"cpu"}
+
+
 def test_blocks_are_treated_one_by_one(deep):
     *_, plans = deep
     plan = plans.plan(int(0.75 * plans.plain().peak))
@@ -375,6 +386,13 @@ class TestHardware:
         (tmp_path / "memopt" / "hardware.json").write_text("{")
         monkeypatch.setattr(hardware, "measure", lambda device, name: first)
         assert hardware.hardware_for(None, "cpu") == first  # measured anew
+
+    def test_nowhere_to_write(self, tmp_path, monkeypatch):
+        from memopt import hardware
+
+        assert hardware.measure("cpu", "this").link > 1e6
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+        assert hardware.measure("cpu", "this").link == 1
 
     def test_copies_beside_the_computation_are_nearly_free(self):
         fast = KNOWN["a100"]

@@ -232,9 +232,8 @@ class Search:
         """What can be done with a block in a set of passes, but to keep it."""
         if not self.blocks:
             return ()
-        away = any(
-            isinstance(pass_, OffloadActivations) for pass_ in (*self.given, *of.passes)
-        )  # what is kept is away already
+        # Where what is kept is away already, nothing is left to move.
+        away = any(isinstance(pass_, OffloadActivations) for pass_ in (*self.given, *of.passes))
         return TREATMENTS[1:-1] if away or not self._moves_activations() else TREATMENTS[1:]
 
     def treated(self, by: dict[str, list[str]]) -> list[Pass]:
