@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memopt import files
 from memopt.errors import InputError, MemoptError
@@ -26,7 +28,7 @@ from memopt.memory.cost import Cost
 REACHED = 0.6
 BESIDE = 0.1
 """Share of their time that copies beside a computation cost it: both use the device's memory."""
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +48,18 @@ class Hardware:
     """Whether copies to and from the host run beside the computation."""
     launch: float = 0.0
     """Seconds that an operation takes, however small it is."""
+    look: float = 0.0
+    """Seconds that Python takes to look at an operation for a pass; 0 where the device works on meanwhile."""
 
     def __post_init__(self) -> None:
         for field in ("flops", "narrow_flops", "bandwidth", "link"):
             value = getattr(self, field)
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"hardware {self.name}: {field} must be positive, not {value!r}")
-        if not (math.isfinite(self.launch) and self.launch >= 0):
-            raise InputError(f"hardware {self.name}: launch must not be negative, not {self.launch!r}")
+        for field in ("launch", "look"):
+            value = getattr(self, field)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"hardware {self.name}: {field} must not be negative, not {value!r}")
 
     def seconds(self, cost: Cost) -> float:
         """The time of one operation, or a lower bound of that of many."""
@@ -151,7 +157,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def measure(device: str, name: str) -> Hardware:
-    """Time large matrix products, copies and small operations; each figure is the best of several."""
+    """Time large matrix products, copies and steps of tiny layers; each figure is the best of several."""
     n = 4096 if device == "cuda" else 768
     cuda = device == "cuda"
 
@@ -180,10 +186,40 @@ def measure(device: str, name: str) -> Hardware:
         else:
             link = max(1.0, 2 * large.numel() / _through_a_file(large, best))
         small = torch.zeros(16, device=device)
-        launch = best(lambda: [small.add(1) for _ in range(1000)]) / 1000
+        alone = best(lambda: [small.add(1) for _ in range(1000)])
+        with _Looking():
+            look = (best(lambda: [small.add(1) for _ in range(1000)]) - alone) / 1000
     return Hardware(
-        name=name, flops=wide, narrow_flops=narrow, bandwidth=bandwidth, link=link, overlap=cuda, launch=launch
+        name=name,
+        flops=wide,
+        narrow_flops=narrow,
+        bandwidth=bandwidth,
+        link=link,
+        overlap=cuda,
+        launch=_tiny_step(device, best),
+        look=0.0 if cuda else max(0.0, look),
     )
+
+
+class _Looking(TorchDispatchMode):
+    """Has a look at each operation and does nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def _tiny_step(device: str, best: Callable[..., float]) -> float:
+    """Seconds an operation in forward and backward of layers with next to nothing to compute."""
+    layers, each = 20, 6  # a linear layer's product, an activation; backward two products, a sum, the activation
+    with torch.device(device), torch.random.fork_rng():
+        model = nn.Sequential(*(layer for _ in range(layers) for layer in (nn.Linear(16, 16), nn.GELU())))
+        x = torch.zeros(4, 16, requires_grad=True)
+
+    def step() -> None:
+        model(x).sum().backward()
+        model.zero_grad()
+
+    return best(step) / (layers * each)
 
 
 def _through_a_file(flat: torch.Tensor, best: Callable[..., float]) -> float:
@@ -198,7 +234,7 @@ def _through_a_file(flat: torch.Tensor, best: Callable[..., float]) -> float:
         parked.get()
 
     try:
-        return best(run, 3)
+        return best(run)
     except MemoptError:  # nowhere to write: what moves would take for ever
         return math.inf
     finally:

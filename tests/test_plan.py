@@ -15,7 +15,7 @@ from memopt.errors import DoesNotFit
 from memopt.hardware import KNOWN, Hardware
 from memopt.memory import limit
 from memopt.planning import Plan, search
-from memopt.planning.costs import BlockCosts, StepCosts
+from memopt.planning.costs import LOOKS, BlockCosts, StepCosts
 from memopt.planning.solve import Program
 from tests.nets import Block
 
@@ -129,6 +129,26 @@ def test_on_slow_links_nothing_is_moved():
     plan = memopt.plan(model, x, "12MiB", loss=loss_of, optimizer=optimizer, hardware=slow)
     assert plan.passes
     assert not any(isinstance(p, P.OffloadActivations) for p in plan.passes)
+
+
+def test_what_python_does_for_a_pass_takes_time():
+    model, x, optimizer = made()
+    lasts = Hardware(name="Python alone", flops=1e30, narrow_flops=1e30, bandwidth=1e30, link=1e30, look=1.0)
+    plans = search(model, x, loss=loss_of, optimizer=optimizer, hardware=lasts)
+    two = P.Checkpoint(blocks=("blocks.1", "blocks.3"))
+
+    def looks(*passes):
+        return round(plans.look(passes).seconds)
+
+    assert looks() == 0
+    inside, everywhere = looks(two) // LOOKS["full"], looks(P.LeanOps()) // LOOKS["lean_ops"]
+    assert looks(two) == inside * LOOKS["full"]
+    assert 0 < inside < everywhere
+    cheap = looks(P.Checkpoint(blocks=two.blocks, policy="cheap"))  # also at what it puts aside
+    assert inside * LOOKS["cheap"] <= cheap < 2 * inside * LOOKS["cheap"]
+    again = inside * LOOKS["lean_ops"]  # in the second forward of full checkpoints
+    assert looks(P.LeanOps(), two) >= looks(P.LeanOps()) + looks(two) + again
+    assert looks(P.Checkpoint()) == looks(P.Checkpoint(blocks=tuple(plans.blocks)))
 
 
 def test_applied_by_name():
@@ -371,6 +391,8 @@ class TestHardware:
             memopt.plan(nn.Linear(2, 2), torch.randn(1, 2), "1GiB", hardware={"speed": 1})
         with pytest.raises(memopt.InputError, match="link must be positive"):
             Hardware(name="cut off", flops=1, narrow_flops=1, bandwidth=1, link=0)
+        with pytest.raises(memopt.InputError, match="look must not be negative"):
+            Hardware(name="ahead", flops=1, narrow_flops=1, bandwidth=1, link=1, look=-1)
 
     def test_measured_once(self, tmp_path, monkeypatch):
         from memopt import hardware
@@ -381,6 +403,7 @@ class TestHardware:
         assert first.bandwidth > 1e7
         assert not first.overlap
         assert 0 < first.launch < 1e-2
+        assert 0 < first.look < 1e-3
         monkeypatch.setattr(hardware, "measure", None)
         assert hardware.hardware_for(None, "cpu") == first
         (tmp_path / "memopt" / "hardware.json").write_text("{")

@@ -141,11 +141,10 @@ class Search:
             self.profiles += 1
             self.say(f"profile {self.profiles}: {', '.join(map(describe, passes)) or 'no passes'}")
             try:
+                every = [*self.given, *passes]
                 with torch.random.fork_rng():
-                    watched = watch_work(
-                        self.work, train=self.train, device=self.device, passes=[*self.given, *passes], weigh=True
-                    )
-                self._seen[key] = Candidate(passes, costs_of(watched, self.blocks, self.hardware))
+                    watched = watch_work(self.work, train=self.train, device=self.device, passes=every, weigh=True)
+                self._seen[key] = Candidate(passes, costs_of(watched, self.blocks, self.hardware, every))
             except MemoptError as error:
                 self._seen[key] = error
         found = self._seen[key]
