@@ -1,5 +1,6 @@
 """`memopt plan`: what it prints, writes and refuses."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -81,3 +82,32 @@ def test_bad_input(arguments, message, capsys):
     assert message in capsys.readouterr().err
     assert not Path("a.png").exists()
     assert not os.path.exists("b.toml")
+
+
+def test_the_model_s_own_checkpointing_is_a_peer():
+    from diffusers import DiTTransformer2DModel
+
+    from memopt.planning import search
+    from memopt.planning.pareto import by_hand
+
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=3, sample_size=16, in_channels=4, out_channels=4
+    )
+    inputs = {
+        "hidden_states": torch.randn(8, 4, 16, 16),
+        "timestep": torch.arange(8),
+        "class_labels": torch.arange(8),
+    }
+    points = {point.name: point for point in by_hand(search(model, inputs, hardware="a100"))}
+    own = points["the model's own checkpointing"]
+    assert not model.is_gradient_checkpointing
+    model.enable_gradient_checkpointing()
+    assert own.peak == memopt.profile(model, inputs).peak < memopt.profile(without(model), inputs).peak
+    assert own.name not in [point.name for point in by_hand(search(model, inputs, hardware="a100"))]  # it is on already
+
+
+def without(model):
+    """The model with its checkpointing off."""
+    model = copy.deepcopy(model)
+    model.disable_gradient_checkpointing()
+    return model

@@ -114,6 +114,15 @@ def test_what_leaves_a_cpu_goes_to_files():
     assert {p.to for p in found if isinstance(p, P.OffloadActivations)} == {"cpu"}
 
 
+def test_states_that_are_away_come_back_by_pieces():
+    model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(8)])  # 32 MiB, twice that of states, nearly no batch
+    x, optimizer = torch.randn(8, 1024), torch.optim.AdamW(model.parameters())
+    plans = search(model, x, loss=loss_of, optimizer=optimizer, hardware="a100", device="cuda")
+    budget = int(0.7 * plans.plain().peak)  # 128 MiB for weights, gradients and states; 64 MiB without any states
+    (shelved,) = (p for p in plans.plan(budget).passes if isinstance(p, P.OffloadOptimizer))
+    assert shelved.at_once == "4MiB"
+
+
 def test_blocks_are_treated_one_by_one(deep):
     *_, plans = deep
     plan = plans.plan(int(0.75 * plans.plain().peak))

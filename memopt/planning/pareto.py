@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memopt.errors import DoesNotFit
+from memopt.errors import DoesNotFit, MemoptError
+from memopt.memory.profiler import watch_work
+from memopt.planning.costs import costs_of
 from memopt.units import format_bytes
 
 if TYPE_CHECKING:
     from memopt.planning.planner import Search
 
+_SWITCHES = (
+    ("enable_gradient_checkpointing", "disable_gradient_checkpointing"),
+    ("gradient_checkpointing_enable", "gradient_checkpointing_disable"),
+)
 BUDGETS = 12
 """How many budgets are planned for, from the plain peak down to the smallest that fits."""
 
@@ -56,7 +62,25 @@ def by_hand(search: Search) -> list[Point]:
         if tried is not None:
             every = "every block" if k == 1 else f"one block in {k}"
             found.append(Point(f"checkpoint {every}", tried.peak, tried.seconds, "by hand"))
-    return found
+    return [*found, *_own(search)]
+
+
+def _own(search: Search) -> list[Point]:
+    """The model's own gradient checkpointing, as diffusers' and transformers' models have it."""
+    model = search.work.model
+    for on, off in _SWITCHES:
+        if not search.train or not hasattr(model, on) or getattr(model, "is_gradient_checkpointing", True):
+            continue
+        try:
+            getattr(model, on)()
+            watched = watch_work(search.work, train=True, device=search.device, passes=search.given, weigh=True)
+        except (MemoptError, ValueError):  # some have the method and say that they cannot
+            continue
+        finally:
+            getattr(model, off)()
+        costs = costs_of(watched, search.blocks, search.hardware, search.given)
+        return [Point("the model's own checkpointing", costs.peak, costs.seconds, "by hand")]
+    return []
 
 
 def draw(points: Sequence[Point], search: Search, file: Path) -> None:

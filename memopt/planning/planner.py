@@ -25,7 +25,7 @@ from memopt.hardware import Hardware
 from memopt.memory.profiler import Work, watch_work
 from memopt.memory.profiler import describe as describe_inputs
 from memopt.memory.show import LABELS
-from memopt.passes import Checkpoint, OffloadActivations
+from memopt.passes import Checkpoint, OffloadActivations, OffloadOptimizer
 from memopt.planning.costs import StepCosts, carried, costs_of
 from memopt.planning.plans import Plan, describe, fingerprint
 from memopt.planning.solve import Program
@@ -45,6 +45,8 @@ NEAR = 0.9
 """What saves most may take so much more than the budget for a mixture to be tried."""
 WORTH = 1.01
 """Less than this factor in time is not worth another profile."""
+PIECES = 8
+"""In how many pieces an optimizer whose states are away steps at least."""
 LADDER = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2)
 """Shares of the plain peak that are tried besides the budget itself: a plan for less may be no slower."""
 
@@ -185,7 +187,13 @@ class Search:
 
     def _make(self, name: str) -> Pass:
         """A pass of a set."""
-        (made,) = resolve({name: {"to": self.away}} if name in MOVING else name)
+        options: dict[str, Any] = {"to": self.away} if name in MOVING else {}
+        if name == "offload_optimizer":  # small models step by smaller pieces: all at once, nothing would be away
+            weights = sum(p.nbytes for p in self.work.model.parameters())
+            pieces = max(1, weights // PIECES >> 20)
+            if pieces << 20 < parse_bytes(OffloadOptimizer().at_once):
+                options["at_once"] = f"{pieces}MiB"
+        (made,) = resolve({name: options} if options else name)
         return made
 
     def _finds(self, pass_: Pass) -> bool:
