@@ -16,6 +16,7 @@ from memopt.hardware import KNOWN, Hardware
 from memopt.memory import limit
 from memopt.planning import Plan, search
 from memopt.planning.costs import LOOKS, BlockCosts, StepCosts
+from memopt.planning.pareto import compare
 from memopt.planning.solve import Program
 from tests.nets import Block
 
@@ -121,6 +122,22 @@ def test_states_that_are_away_come_back_by_pieces():
     budget = int(0.7 * plans.plain().peak)  # 128 MiB for weights, gradients and states; 64 MiB without any states
     (shelved,) = (p for p in plans.plan(budget).passes if isinstance(p, P.OffloadOptimizer))
     assert shelved.at_once == "4MiB"
+
+
+def test_what_was_given_stays_and_plain_is_without_it():
+    model, x, optimizer = made()
+    bare = memopt.profile(model, x, loss=loss_of, optimizer=optimizer).peak
+    lean = memopt.profile(model, x, loss=loss_of, optimizer=optimizer, passes=["lean_ops"]).peak
+    plans = search(model, x, loss=loss_of, optimizer=optimizer, hardware="a100", passes=["lean_ops"])
+    plan = plans.plan((bare + lean) // 2)
+    assert plan.passes == (P.LeanOps(),)
+    assert (plan.plain_peak, plan.peak) == (bare, lean)
+    assert plan.seconds > plan.plain_seconds
+    assert " without passes is above the budget" in plan.reasons[0]
+    assert " with lean_ops is within the budget" in plan.reasons[1]
+    first, second, *_ = compare(plans)
+    assert (first.name, first.peak) == ("no passes", bare)
+    assert (second.name, second.peak) == ("lean_ops, as given", lean)
 
 
 def test_blocks_are_treated_one_by_one(deep):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from memopt.errors import DoesNotFit, MemoptError
 from memopt.memory.profiler import watch_work
 from memopt.planning.costs import costs_of
+from memopt.planning.plans import describe
 from memopt.units import format_bytes
 
 if TYPE_CHECKING:
@@ -37,9 +38,15 @@ class Point:
 
 
 def compare(search: Search) -> list[Point]:
-    """The plain step first, then plans from the largest budget to the smallest, then the others."""
-    plain = search.plain()
-    points = [Point("no passes", plain.peak, plain.seconds, "plain")]
+    """The step without passes first, then plans from the largest budget to the smallest, then the others.
+
+    Passes that were given to the search are in all but the first.
+    """
+    bare, plain = search.bare(), search.plain()
+    points = [Point("no passes", bare.peak, bare.seconds, "plain")]
+    if search.given:
+        names = ", ".join(map(describe, search.given))
+        points.append(Point(f"{names}, as given", plain.peak, plain.seconds, "plan"))
     least = search.smallest()
     for k in range(1, BUDGETS + 1):
         budget = plain.peak - (plain.peak - least.peak) * k // BUDGETS
@@ -94,20 +101,23 @@ def draw(points: Sequence[Point], search: Search, file: Path) -> None:
     plain = points[0]
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    styles = {"plain": ("ks", "no passes"), "plan": ("C0o-", "plans"), "by hand": ("C3^", "by hand")}
+    given = f", with {', '.join(map(describe, search.given))}" if search.given else ""
+    styles = {"plain": ("ks", "no passes"), "plan": ("C0o-", "plans"), "by hand": ("C3^", f"by hand{given}")}
     for kind, (style, label) in styles.items():
         chosen = sorted((p for p in points if p.kind == kind), key=lambda p: p.peak)
         if chosen:
             axes.plot([p.seconds / plain.seconds for p in chosen], [p.peak / size for p in chosen], style, label=label)
-    for point in points:
-        if point.kind == "by hand":
-            axes.annotate(
-                point.name,
-                (point.seconds / plain.seconds, point.peak / size),
-                xytext=(6, 4),
-                textcoords="offset points",
-                fontsize=8,
-            )
+    named = sorted((p for p in points if p.kind == "by hand"), key=lambda p: p.seconds)
+    for number, point in enumerate(named):
+        axes.annotate(
+            point.name,
+            (point.seconds / plain.seconds, point.peak / size),
+            xytext=(0, -14 if number % 2 else 8),  # neighbours on different sides
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axes.margins(x=0.12)  # for the names
     axes.set(xlabel="estimated time of a step, relative to no passes", ylabel=f"peak memory ({name})", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()

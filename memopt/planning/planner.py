@@ -135,15 +135,15 @@ class Search:
 
     # --- profiles --------------------------------------------------------------------------------------------------
 
-    def look(self, passes: Iterable[Pass]) -> Candidate | None:
-        """What a step with these passes costs; None where they cannot be applied."""
+    def look(self, passes: Iterable[Pass], given: bool = True) -> Candidate | None:
+        """What a step with these passes, and those that were given, costs; None where they cannot be applied."""
         passes = tuple(passes)
-        key = repr(passes)
+        every = [*self.given, *passes] if given else list(passes)
+        key = repr(every)
         if key not in self._seen:
             self.profiles += 1
-            self.say(f"profile {self.profiles}: {', '.join(map(describe, passes)) or 'no passes'}")
+            self.say(f"profile {self.profiles}: {', '.join(map(describe, every)) or 'no passes'}")
             try:
-                every = [*self.given, *passes]
                 with torch.random.fork_rng():
                     watched = watch_work(self.work, train=self.train, device=self.device, passes=every, weigh=True)
                 self._seen[key] = Candidate(passes, costs_of(watched, self.blocks, self.hardware, every))
@@ -156,10 +156,14 @@ class Search:
         """The step without passes, but those that were given."""
         found = self.look(())
         if found is None:
-            error = self._seen[repr(())]
+            error = self._seen[repr([*self.given])]
             assert isinstance(error, MemoptError)
             raise type(error)(_INSTEAD.sub("Plans are made on fake tensors alone.", str(error))) from error
         return found
+
+    def bare(self) -> Candidate:
+        """The step without any passes; with those that were given where it cannot be profiled without."""
+        return self.look((), given=False) or self.plain()
 
     # --- sets ------------------------------------------------------------------------------------------------------
 
@@ -357,23 +361,28 @@ class Search:
             if least.peak > budget:
                 raise DoesNotFit(self._why_not(least, budget))
             found = least
-        return self._made(found, budget, plain)
+        return self._made(found, budget)
 
     def _estimate(self, budget: int) -> float:
         """The least modelled time for a budget among the sets whose programs are there."""
         times = [choice.seconds for p in self._programs.values() if p and (choice := p.solve(budget))]
         return min(times, default=float("inf"))
 
-    def _made(self, found: Candidate, budget: int, plain: Candidate) -> Plan:
+    def _made(self, found: Candidate, budget: int) -> Plan:
+        bare = self.bare()
         counts = {"cheap": 0, "full": 0, "offload": 0}
         for pass_ in found.passes:
             if isinstance(pass_, Checkpoint):
                 counts[str(pass_.policy)] += len(pass_.blocks)
             elif isinstance(pass_, OffloadActivations) and pass_.blocks:
                 counts["offload"] += len(pass_.blocks)
+        steps = {"without passes": bare}
+        if self.given:
+            steps[f"with {', '.join(map(describe, self.given))}"] = self.plain()
         reasons = [
-            f"{format_bytes(plain.peak)} without passes is "
-            f"{'within' if plain.peak <= budget else 'above'} the budget of {format_bytes(budget)}"
+            f"{format_bytes(each.peak)} {how} is {'within' if each.peak <= budget else 'above'} the budget of "
+            f"{format_bytes(budget)}"
+            for how, each in steps.items()
         ]
         if found.passes:
             words = {
@@ -393,8 +402,8 @@ class Search:
             peak=found.peak,
             seconds=found.seconds,
             budget=budget,
-            plain_peak=plain.peak,
-            plain_seconds=plain.seconds,
+            plain_peak=bare.peak,
+            plain_seconds=bare.seconds,
             fingerprint=fingerprint(self.work.model),
             inputs=describe_inputs(self.work.batch),
             train=self.train,

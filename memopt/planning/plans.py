@@ -70,7 +70,7 @@ class Plan:
     budget: int
     """Bytes that were asked for."""
     plain_peak: int
-    """Bytes at the peak without these passes."""
+    """Bytes at the peak without any passes."""
     plain_seconds: float
     """Estimated time without them."""
     fingerprint: Fingerprint
