@@ -9,7 +9,8 @@ For each model and budget (shares of the plain peak) the plan's predicted and tr
 against the plain model's, and its time. Peers are checkpoints around every block, around every second and third, the
 model's own gradient checkpointing, and torch's ``activation_memory_budget`` (a compiled graph's partition into forward
 and backward; the graph is then run operation by operation, without a code generator); each counts at the budgets that
-its true peak fits. Times are medians of ratios to the plain step within a round, in which each row runs once.
+its true peak fits. Times are medians of ratios to the plain step within a round, in which each row runs three steps, the
+fastest of which counts.
 
 Rockmate is no peer here: rkgb 2.0.0, which Rockmate 2.0.0 imports, lacks its modules in the package index; 1.0.1 loads,
 but measures memory on CUDA devices alone and solves by Gurobi.
@@ -42,6 +43,8 @@ SHARES = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3)
 TORCH_BUDGETS = (1.0, 0.5, 0.25)
 """Shares of the activations that torch's own planner is told to keep."""
 ROUNDS = 5
+STEPS = 3
+"""Of each row in a round."""
 
 
 @dataclass
@@ -202,13 +205,7 @@ class Rows:
         peak = base + self.allocated(call)
         ratios = []
         for _ in range(ROUNDS):
-            seconds = []
-            for each in (self.subject.model, call):
-                began = time.perf_counter()
-                self.step(each)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                seconds.append(time.perf_counter() - began)
+            seconds = [self.seconds(each) for each in (self.subject.model, call)]
             ratios.append(seconds[1] / seconds[0])
         torch._dynamo.reset()
         return peak, statistics.median(ratios)
@@ -222,6 +219,17 @@ class Rows:
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
         return max(itertools.accumulate(change for _, change in changes))
 
+    def seconds(self, call: Callable[..., Any] | None = None) -> float:
+        """Of the fastest of a few steps: what else the machine does makes steps slower, never faster."""
+        found = []
+        for _ in range(STEPS):
+            began = time.perf_counter()
+            self.step(call)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            found.append(time.perf_counter() - began)
+        return min(found)
+
     def times(self, rows: dict[str, Any]) -> dict[str, float]:
         """Ratios to the first row."""
         seconds: dict[str, list[float]] = {name: [] for name in rows}
@@ -231,12 +239,8 @@ class Rows:
                 if turn == 0 or isinstance(passes, Plan):
                     self.step()  # a pass learns in its first call
                     self.subject.model.zero_grad()
-                began = time.perf_counter()
-                self.step()
-                self.optimizer.step()
-                self.optimizer.zero_grad()
                 if turn:
-                    seconds[name].append(time.perf_counter() - began)
+                    seconds[name].append(self.seconds())
                 off()
         first = next(iter(seconds.values()))
         return {n: statistics.median(a / b for a, b in zip(s, first, strict=True)) for n, s in seconds.items()}
