@@ -461,3 +461,16 @@ def test_the_work_of_operations():
     assert cost_of(aten.t.default, (a,), {}, a.t()) == Cost()
     wide = torch.randn(1, 5).expand(3, 5)
     assert cost_of(aten.add.Tensor, (a, wide), {}, a).bytes == 4 * (15 + 5 + 15)
+
+
+def test_the_work_of_attention_on_a_cpu():
+    from memopt.memory.cost import cost_of
+
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    out, sums = forward(q, k, v)
+    product = 2 * (2 * 3) * 5 * 7 * 8
+    assert cost_of(forward, (q, k, v), {}, (out, sums)).flops == 2 * product
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    args = (out, q, k, v, out, sums, 0.0, False)
+    assert cost_of(backward, args, {}, backward(*args)).flops == 5 * product  # the scores are made again

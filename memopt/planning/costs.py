@@ -23,11 +23,12 @@ from memopt.memory.timeline import Story
 from memopt.passes import Checkpoint
 from memopt.registry import Pass, matching_modules
 
-LOOKS = {"cheap": 10, "full": 6, "lean_ops": 9, "offload_activations": 2}
+LOOKS = {"cheap": 10, "full": 6, "lean_ops": 9, "offload_activations": 2, "fused_attention": 2}
 """How often Python looks at an operation of forward for a pass, or a checkpoint's policy, then and in backward.
 
 In units of :attr:`Hardware.look`. Measured on a CPU, one example at a time, in HAE V2, DiT, GPT-2 and
-UNet2DConditionModel, it was 8-15, 5-8, 8-10 and 2-6. Other passes look at a full checkpoint's second forward again.
+UNet2DConditionModel, it was 8-15, 5-8, 8-10 and 2-6; in HAE V2 and a guided UNet 2-3 for fused attention. Other passes
+look at a full checkpoint's second forward again.
 """
 Moment = tuple[str, int, tuple[int, ...]]
 """The phase, the block at work (-1: none) and those that wait for their backward."""
