@@ -1,6 +1,5 @@
 """`memopt plan`: what it prints, writes and refuses."""
 
-import copy
 import os
 from pathlib import Path
 
@@ -84,11 +83,8 @@ def test_bad_input(arguments, message, capsys):
     assert not os.path.exists("b.toml")
 
 
-def test_the_model_s_own_checkpointing_is_a_peer():
+def dit():
     from diffusers import DiTTransformer2DModel
-
-    from memopt.planning import search
-    from memopt.planning.pareto import by_hand
 
     model = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, num_layers=3, sample_size=16, in_channels=4, out_channels=4
@@ -98,16 +94,30 @@ def test_the_model_s_own_checkpointing_is_a_peer():
         "timestep": torch.arange(8),
         "class_labels": torch.arange(8),
     }
+    return model, inputs, model.enable_gradient_checkpointing, lambda: model.is_gradient_checkpointing
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=32, n_head=2, vocab_size=50, use_cache=False, bos_token_id=0))
+    tokens = torch.arange(128).view(2, 64) % 50
+    how = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    inputs = {"input_ids": tokens, "labels": tokens}
+    enable = getattr(model, f"{how}_checkpointing_enable")
+    return model, inputs, enable, lambda: getattr(model, f"is_{how}_checkpointing")
+
+
+@pytest.mark.parametrize("made", [dit, gpt2])
+def test_the_model_s_own_checkpointing_is_a_peer(made):
+    from memopt.planning import search
+    from memopt.planning.pareto import by_hand
+
+    model, inputs, enable, is_on = made()
     points = {point.name: point for point in by_hand(search(model, inputs, hardware="a100"))}
     own = points["the model's own checkpointing"]
-    assert not model.is_gradient_checkpointing
-    model.enable_gradient_checkpointing()
-    assert own.peak == memopt.profile(model, inputs).peak < memopt.profile(without(model), inputs).peak
+    assert not is_on()
+    plain = memopt.profile(model, inputs).peak
+    enable()
+    assert own.peak == memopt.profile(model, inputs).peak < plain
     assert own.name not in [point.name for point in by_hand(search(model, inputs, hardware="a100"))]  # it is on already
-
-
-def without(model):
-    """The model with its checkpointing off."""
-    model = copy.deepcopy(model)
-    model.disable_gradient_checkpointing()
-    return model

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from memopt.planning.planner import Search
 
 _SWITCHES = (
-    ("enable_gradient_checkpointing", "disable_gradient_checkpointing"),
-    ("gradient_checkpointing_enable", "gradient_checkpointing_disable"),
+    ("enable_gradient_checkpointing", "disable_gradient_checkpointing", "is_gradient_checkpointing"),
+    ("activation_checkpointing_enable", "activation_checkpointing_disable", "is_activation_checkpointing"),
+    ("gradient_checkpointing_enable", "gradient_checkpointing_disable", "is_gradient_checkpointing"),
 )
+"""How diffusers, and transformers since and before its version 5, turn a model's own checkpointing on and off, and say
+which it is."""
 BUDGETS = 12
 """How many budgets are planned for, from the plain peak down to the smallest that fits."""
 
@@ -75,13 +78,18 @@ def by_hand(search: Search) -> list[Point]:
 def _own(search: Search) -> list[Point]:
     """The model's own gradient checkpointing, as diffusers' and transformers' models have it."""
     model = search.work.model
-    for on, off in _SWITCHES:
-        if not search.train or not hasattr(model, on) or getattr(model, "is_gradient_checkpointing", True):
+    for on, off, is_on in _SWITCHES:
+        if not search.train or not hasattr(model, on):
             continue
+        if getattr(model, is_on, True):
+            break
         try:
             getattr(model, on)()
+        except ValueError:  # some have the method and say that they cannot
+            continue
+        try:
             watched = watch_work(search.work, train=True, device=search.device, passes=search.given, weigh=True)
-        except (MemoptError, ValueError):  # some have the method and say that they cannot
+        except MemoptError:
             continue
         finally:
             getattr(model, off)()
