@@ -9,8 +9,8 @@ For each model and budget (shares of the plain peak) the plan's predicted and tr
 against the plain model's, and its time. Peers are checkpoints around every block, around every second and third, the
 model's own gradient checkpointing, and torch's ``activation_memory_budget`` (a compiled graph's partition into forward
 and backward; the graph is then run operation by operation, without a code generator); each counts at the budgets that
-its true peak fits. Times are medians of ratios to the plain step within a round, in which each row runs three steps, the
-fastest of which counts.
+its true peak fits. Times are medians of ratios to the plain step within a round, in which each row runs three
+steps, the fastest of which counts.
 
 Rockmate is no peer here: rkgb 2.0.0, which Rockmate 2.0.0 imports, lacks its modules in the package index; 1.0.1 loads,
 but measures memory on CUDA devices alone and solves by Gurobi.
@@ -42,7 +42,7 @@ from memopt.planning.plans import describe
 SHARES = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3)
 TORCH_BUDGETS = (1.0, 0.5, 0.25)
 """Shares of the activations that torch's own planner is told to keep."""
-ROUNDS = 5
+ROUNDS = 3
 STEPS = 3
 """Of each row in a round."""
 
