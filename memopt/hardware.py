@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from memopt import files
 from memopt.errors import InputError, MemoptError
@@ -172,7 +172,8 @@ def measure(device: str, name: str) -> Hardware:
             found = min(found, time.perf_counter() - began)
         return found
 
-    with torch.inference_mode():
+    # What watches or limits memory where this is called would be measured, too.
+    with _disable_current_modes(), torch.inference_mode():
         a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
         wide = 2 * n**3 / best(lambda: a @ b)
         c, d = a.bfloat16(), b.bfloat16()
@@ -189,6 +190,8 @@ def measure(device: str, name: str) -> Hardware:
         alone = best(lambda: [small.add(1) for _ in range(1000)])
         with _Looking():
             look = (best(lambda: [small.add(1) for _ in range(1000)]) - alone) / 1000
+    with _disable_current_modes():
+        launch = _tiny_step(device, best)
     return Hardware(
         name=name,
         flops=wide,
@@ -196,7 +199,7 @@ def measure(device: str, name: str) -> Hardware:
         bandwidth=bandwidth,
         link=link,
         overlap=cuda,
-        launch=_tiny_step(device, best),
+        launch=launch,
         look=0.0 if cuda else max(0.0, look),
     )
 

@@ -2,12 +2,14 @@
 
 import copy
 import itertools
+import time
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import memopt
 from memopt import passes as P
@@ -435,6 +437,17 @@ class TestHardware:
         (tmp_path / "memopt" / "hardware.json").write_text("{")
         monkeypatch.setattr(hardware, "measure", lambda device, name: first)
         assert hardware.hardware_for(None, "cpu") == first  # measured anew
+
+    def test_what_watches_is_not_measured(self):
+        from memopt import hardware
+
+        class Slow(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                time.sleep(0.01)
+                return func(*args, **(kwargs or {}))
+
+        with limit("64KiB"), Slow():
+            assert hardware.measure("cpu", "this").launch < 5e-3
 
     def test_nowhere_to_write(self, tmp_path, monkeypatch):
         from memopt import hardware
