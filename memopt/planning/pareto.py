@@ -110,22 +110,12 @@ def draw(points: Sequence[Point], search: Search, file: Path) -> None:
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     given = f", with {', '.join(map(describe, search.given))}" if search.given else ""
-    styles = {"plain": ("ks", "no passes"), "plan": ("C0o-", "plans"), "by hand": ("C3^", f"by hand{given}")}
-    for kind, (style, label) in styles.items():
-        chosen = sorted((p for p in points if p.kind == kind), key=lambda p: p.peak)
-        if chosen:
-            axes.plot([p.seconds / plain.seconds for p in chosen], [p.peak / size for p in chosen], style, label=label)
-    named = sorted((p for p in points if p.kind == "by hand"), key=lambda p: p.seconds)
-    for number, point in enumerate(named):
-        axes.annotate(
-            point.name,
-            (point.seconds / plain.seconds, point.peak / size),
-            xytext=(0, -14 if number % 2 else 8),  # neighbours on different sides
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-        )
-    axes.margins(x=0.12)  # for the names
+    shown = [("ks", "no passes", [plain]), ("C0o-", "plans", [p for p in points if p.kind == "plan"])]
+    by_hand = [p for p in points if p.kind == "by hand"]
+    shown += [(f"C3{shape}", f"{p.name}{given}", [p]) for shape, p in zip("^v<>D", by_hand, strict=False)]
+    for style, label, chosen in shown:
+        chosen = sorted(chosen, key=lambda p: p.peak)
+        axes.plot([p.seconds / plain.seconds for p in chosen], [p.peak / size for p in chosen], style, label=label)
     axes.set(xlabel="estimated time of a step, relative to no passes", ylabel=f"peak memory ({name})", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
