@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memopt.errors import DoesNotFit, MemoptError
-from memopt.memory.profiler import watch_work
-from memopt.planning.costs import costs_of
 from memopt.planning.plans import describe
 from memopt.units import format_bytes
 
@@ -88,12 +86,11 @@ def _own(search: Search) -> list[Point]:
         except ValueError:  # some have the method and say that they cannot
             continue
         try:
-            watched = watch_work(search.work, train=True, device=search.device, passes=search.given, weigh=True)
+            costs = search.costs(search.given)
         except MemoptError:
             continue
         finally:
             getattr(model, off)()
-        costs = costs_of(watched, search.blocks, search.hardware, search.given)
         return [Point("the model's own checkpointing", costs.peak, costs.seconds, "by hand")]
     return []
 

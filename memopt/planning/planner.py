@@ -135,6 +135,12 @@ class Search:
 
     # --- profiles --------------------------------------------------------------------------------------------------
 
+    def costs(self, passes: Sequence[Pass]) -> StepCosts:
+        """A profile of the step with these passes and no others."""
+        with torch.random.fork_rng():
+            watched = watch_work(self.work, train=self.train, device=self.device, passes=passes, weigh=True)
+        return costs_of(watched, self.blocks, self.hardware, passes)
+
     def look(self, passes: Iterable[Pass], given: bool = True) -> Candidate | None:
         """What a step with these passes, and those that were given, costs; None where they cannot be applied."""
         passes = tuple(passes)
@@ -144,9 +150,7 @@ class Search:
             self.profiles += 1
             self.say(f"profile {self.profiles}: {', '.join(map(describe, every)) or 'no passes'}")
             try:
-                with torch.random.fork_rng():
-                    watched = watch_work(self.work, train=self.train, device=self.device, passes=every, weigh=True)
-                self._seen[key] = Candidate(passes, costs_of(watched, self.blocks, self.hardware, every))
+                self._seen[key] = Candidate(passes, self.costs(every))
             except MemoptError as error:
                 self._seen[key] = error
         found = self._seen[key]
